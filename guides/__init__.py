@@ -1,0 +1,1 @@
+"""The zoo's guides: one file a family."""

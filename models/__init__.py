@@ -1,0 +1,1 @@
+"""The zoo's models: one file a generative story."""

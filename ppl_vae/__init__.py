@@ -1,0 +1,1 @@
+"""Write, fit and trust variational autoencoders as Pyro programs."""

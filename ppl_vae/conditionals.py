@@ -1,0 +1,103 @@
+"""Conditionals: modules ``context -> Distribution``, the one abstraction under everything random.
+
+A prior is a conditional without context, a likelihood one of the decoder's context, a posterior
+family one of the encoder's. All of them give a distribution over one row, with the rows (and any
+particles) as batch dims on the left.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
+
+
+class Conditional(nn.Module, ABC):
+    """A family of distributions whose parameters a net computes from the context.
+
+    To implement: ``distribution``, from the net's output to a distribution. Several tensors of
+    context are joined on their last dim after broadcasting the others, so that particles of one
+    and plain rows of another meet.
+
+    Args:
+        net: maps ``(..., context)`` to ``(..., parameters)``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *context: Tensor) -> Distribution:
+        return self.distribution(self.net(join(*context)))
+
+    @abstractmethod
+    def distribution(self, parameters: Tensor) -> Distribution:
+        """The distribution of one row, from the net's output ``(..., parameters)``."""
+
+
+class Normal(Conditional):
+    """Normal with diagonal covariance; the net gives locations, then pre-softplus scales.
+
+    Shapes: a net with ``2 * Z`` outputs gives batch ``(...)``, event ``(Z,)``.
+
+    Raises:
+        ValueError: the net's number of outputs is odd.
+    """
+
+    def distribution(self, parameters: Tensor) -> Distribution:
+        if parameters.shape[-1] % 2:
+            raise ValueError(
+                f"the net of Normal has {parameters.shape[-1]} outputs; expected an even number: "
+                "Z locations, then Z scales"
+            )
+        loc, scale = parameters.chunk(2, -1)
+        return dist.Normal(loc, positive(scale)).to_event(1)
+
+
+def join(*context: Tensor) -> Tensor:
+    """Several tensors of context as one: ``(..., a)`` and ``(..., b)`` to ``(..., a + b)``."""
+    if len(context) == 1:
+        return context[0]
+    batch = torch.broadcast_shapes(*(c.shape[:-1] for c in context))
+    return torch.cat([c.expand(*batch, c.shape[-1]) for c in context], -1)
+
+
+def positive(unconstrained: Tensor) -> Tensor:
+    """Softplus, kept away from 0 by the smallest step of the dtype above 1.
+
+    A scale of exactly 0 would give an infinite density; softplus reaches it in float32 at -104.
+    """
+    return nn.functional.softplus(unconstrained) + torch.finfo(unconstrained.dtype).eps
+
+
+def constrained(base: Distribution, support: Constraint, event_shape: torch.Size) -> Distribution:
+    """``base`` over flat unconstrained coordinates, moved onto ``support``.
+
+    Shapes: base event ``(U,)``, where U is the number of unconstrained coordinates of
+    ``event_shape`` (a simplex of K has K - 1); result event ``event_shape``.
+    """
+    transform = dist.transforms.biject_to(support)
+    unconstrained = transform.inverse_shape(event_shape)
+    moves: list[dist.transforms.Transform] = []
+    if len(unconstrained) != 1:
+        moves.append(dist.transforms.ReshapeTransform(base.event_shape, unconstrained))
+    if not is_real(support):
+        moves.append(transform)
+    return dist.TransformedDistribution(base, moves) if moves else base
+
+
+def unconstrain(value: Tensor, support: Constraint, event_shape: torch.Size) -> Tensor:
+    """Flat unconstrained coordinates ``(..., U)`` of a value on ``support``."""
+    u = dist.transforms.biject_to(support).inv(value)
+    return u.reshape(*value.shape[: value.dim() - len(event_shape)], -1)
+
+
+def is_real(support: Constraint) -> bool:
+    """Whether ``support`` is all of the reals, whatever its event dims."""
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    return support is torch.distributions.constraints.real

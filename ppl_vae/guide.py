@@ -1,0 +1,204 @@
+"""Guides: an explicit factorization, and what the families derived from a model build on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
+from ppl_vae.conditionals import join
+from ppl_vae.model import GenerativeModel, Program, by_name, own_parameters
+from ppl_vae.nn import width_of
+from ppl_vae.sites import PairError, Site, aside, read_sites
+
+
+class Factorized(Program):
+    """A guide written out: which conditional draws each site, and from what.
+
+    ``Factorized(y=(q_y, ["x"]), z=(q_z, ["x", "y"]))`` is ``q(y | x) q(z | x, y)``, drawn in the
+    order written. A site that is given when the guide runs is observed, and is not drawn.
+    Positional arguments stand for the observables in the order in which contexts first name
+    them (here x, then y).
+
+    Args:
+        sites: site name = (conditional, names it is conditioned on).
+
+    Raises:
+        ValueError: a site conditioned on itself or on one drawn later.
+    """
+
+    def __init__(self, **sites: tuple[nn.Module, Sequence[str]]) -> None:
+        super().__init__()
+        self.conditionals = nn.ModuleDict({name: q for name, (q, _) in sites.items()})
+        self.contexts = {name: tuple(context) for name, (_, context) in sites.items()}
+        self.names = tuple(dict.fromkeys(n for context in self.contexts.values() for n in context))
+        drawn: list[str] = []
+        for name, context in self.contexts.items():
+            if late := [n for n in context if n in sites and n not in drawn]:
+                raise ValueError(
+                    f"Factorized: {name!r} is conditioned on {late[0]!r}, which is not drawn before "
+                    "it; list sites in the order of drawing"
+                )
+            drawn.append(name)
+
+    def forward(
+        self,
+        *args: Tensor | None,
+        n: int | None = None,
+        total: int | None = None,
+        **kwargs: Tensor | None,
+    ) -> dict[str, Tensor]:
+        known = tuple(dict.fromkeys([*self.names, *self.contexts]))
+        values = by_name(known, args, kwargs)
+        with self.rows(*values.values(), n=n, total=total):
+            for name, context in self.contexts.items():
+                if name in values:
+                    continue
+                if missing := [c for c in context if c not in values]:
+                    raise ValueError(
+                        f"Factorized: site {name!r} is conditioned on {missing[0]!r}: give it"
+                    )
+                q = self.conditionals[name](*(values[c] for c in context))
+                values[name] = pyro.sample(name, q)
+        return values
+
+    def posterior(self, *context: Tensor) -> Distribution:
+        """q(z | x) of the one latent site, ``(rows,)`` of its event.
+
+        Raises:
+            TypeError: several sites, whose joint has no tractable marginal in general.
+        """
+        if len(self.contexts) != 1:
+            raise TypeError(f"posterior: one site expected, found {', '.join(self.contexts)}")
+        return next(iter(self.conditionals.values()))(*context)
+
+
+class AmortizedGuide(Program):
+    """A guide derived from a model: one family for every model.
+
+    Reads the model's latent sites from one trace on an example batch. Local sites (those in the
+    plate of rows) are drawn from the encoder's features; sites that the model enumerates are left
+    out; global sites get an AutoNormal. Whichever observables the example gives are the
+    encoder's context, joined on the last dim, and must be given at each call.
+
+    To implement: ``build``, which makes the heads from ``self.local_sites`` (in the model's order)
+    and ``self.features``, and ``sample_rows``, which draws the local sites.
+
+    Args:
+        model: the model whose sites are read; it is not kept.
+        encoder: net from the context to features, ``(..., context)`` to ``(..., features)``.
+        args, kwargs: an example batch of observables, ``(rows, event)``, as the model takes it.
+
+    Raises:
+        PairError: a local site that this guide cannot cover: discrete, or in a further plate.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        encoder: nn.Module,
+        *args: Tensor | None,
+        **kwargs: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.names = model.observables
+        example = by_name(self.names, args, kwargs)
+        if not example:
+            raise ValueError(
+                f"{type(self).__name__}: give an example batch of {', '.join(self.names)}"
+            )
+        latent = [
+            site
+            for site in read_sites(model, **example).values()
+            if not (site.observed or site.enumerated)
+        ]
+        self.context = tuple(example)
+        self.local_sites = {site.name: site for site in latent if site.local}
+        for site in self.local_sites.values():
+            _check_coverable(type(self).__name__, site)
+        self.encoder = encoder
+        self.features = width_of(encoder, join(*example.values()))
+        self.global_sites = tuple(site.name for site in latent if not site.local)
+        if self.global_sites:
+            self.global_guide = AutoNormal(poutine.block(model, expose=list(self.global_sites)))
+            # An autoguide makes its parameters when it first runs; an optimizer needs them before.
+            with torch.no_grad(), aside(), own_parameters(self):
+                self.global_guide(**example)
+        self.build()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the heads, when ``self.local_sites`` and ``self.features`` are known."""
+
+    def forward(
+        self,
+        *args: Tensor | None,
+        n: int | None = None,
+        total: int | None = None,
+        **kwargs: Tensor | None,
+    ) -> None:
+        given = by_name(self.names, args, kwargs)
+        if self.global_sites:
+            self.global_guide(n=n, total=total, **given)
+        with self.rows(*given.values(), n=n, total=total):
+            self.sample_rows(self.encode(given), given)
+
+    def encode(self, given: Mapping[str, Tensor]) -> Tensor:
+        """The encoder's features of the context: ``(rows, features)``."""
+        if missing := [name for name in self.context if name not in given]:
+            raise ValueError(
+                f"{type(self).__name__} was built on {', '.join(self.context)}; "
+                f"{missing[0]!r} is missing"
+            )
+        return self.encoder(join(*(given[name] for name in self.context)))
+
+    @abstractmethod
+    def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:
+        """Draw each local site that is not in ``given``, from features ``(rows, features)``."""
+
+    def posterior(self, *args: Tensor, **kwargs: Tensor) -> Distribution:
+        """q(z | x) of the one local site, where the family has it in closed form.
+
+        Raises:
+            TypeError: the family has none, or the model several local sites.
+        """
+        raise TypeError(f"{type(self).__name__} has no tractable posterior")
+
+    def only_site(self) -> Site:
+        """The one local site.
+
+        Raises:
+            TypeError: there are several, or none.
+        """
+        if len(self.local_sites) != 1:
+            raise TypeError(
+                f"{type(self).__name__}.posterior: one local site expected, "
+                f"found {', '.join(self.local_sites) or 'none'}"
+            )
+        return next(iter(self.local_sites.values()))
+
+
+def unconstrained_size(site: Site) -> int:
+    """Number of unconstrained coordinates of one draw of a site."""
+    transform: Any = torch.distributions.biject_to(site.support)
+    return transform.inverse_shape(site.event_shape).numel()
+
+
+def _check_coverable(guide: str, site: Site) -> None:
+    if site.support.is_discrete:
+        raise PairError(
+            f"{guide}: site {site.name!r} is discrete ({site.family}) and this family is continuous: "
+            'mark it infer={"enumerate": "parallel"}, or write the guide out with Factorized'
+        )
+    if len(site.plates) > 1:
+        raise PairError(
+            f"{guide}: site {site.name!r} stands in plates {site.plates}; expected only the rows': "
+            "make the other dims event dims with .to_event"
+        )

@@ -1,0 +1,128 @@
+"""What a Pyro program is here: rows in one plate, observables by name, parameters of its own."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABCMeta, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self, cast
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+ROWS = "data"
+"""Name of the plate in which the rows of the data stand."""
+
+
+class _AbstractPyroModule(type(PyroModule), ABCMeta):
+    """Lets a PyroModule have abstract methods."""
+
+
+class Program(PyroModule, metaclass=_AbstractPyroModule):
+    """A Pyro program over independent rows: what models and guides have in common."""
+
+    def rows(self, *observed: Tensor | None, n: int | None, total: int | None) -> pyro.plate:
+        """The plate of rows, sized by the observed tensors, or by ``n`` where none is given.
+
+        Args:
+            observed: each ``(rows, ...)`` or None.
+            n: number of rows, needed where nothing is observed.
+            total: size of the data set that the rows stand for: log-probabilities in the plate
+                are scaled by ``total / rows``. None: the rows are all there is.
+
+        Raises:
+            ValueError: observed tensors that differ in rows, no rows at all, neither data nor
+                ``n``, or fewer in ``total`` than rows.
+        """
+        sizes = {len(x) for x in observed if x is not None} | ({n} if n is not None else set())
+        if not sizes:
+            raise ValueError(f"{type(self).__name__}: give data, or n=, the number of rows to draw")
+        if len(sizes) > 1 or (size := sizes.pop()) < 1:
+            shapes = [tuple(x.shape) for x in observed if x is not None]
+            raise ValueError(
+                f"{type(self).__name__}: data of shapes {shapes} and n={n}; expected one number "
+                "of rows, at least 1"
+            )
+        if total is not None and total < size:
+            raise ValueError(
+                f"{type(self).__name__}: total={total} is smaller than the {size} rows given; "
+                "it is the size of the whole data set that they stand for"
+            )
+        return pyro.plate(ROWS, total or size, subsample=torch.arange(size))
+
+
+class GenerativeModel(Program):
+    """A generative story as a Pyro program.
+
+    The docstring *is* the story, one line a site: ``z_n ~ prior  # comment  data | Z``, where
+    ``data`` names the site's plates and ``Z`` its event shape in symbols that mean the same size
+    throughout. To implement:
+
+    - ``forward(self, x=None, ..., *, n=None, total=None)``: arguments are the observable sites,
+      by site name; one that is None is latent. Rows stand in ``self.rows(x, n=n, total=total)``.
+    - a method ``<site>_dist`` for each site, that returns its ``Distribution``.
+    - ``toy()``: a small instance, on which the contract tests run.
+    """
+
+    @abstractmethod
+    def forward(self, *observed: Tensor | None, n: int | None, total: int | None) -> Any: ...
+
+    @classmethod
+    @abstractmethod
+    def toy(cls) -> Self:
+        """A small instance: a few latents, a few observables, quick to run."""
+
+    @property
+    def observables(self) -> tuple[str, ...]:
+        """Names of the sites that can be observed: the positional arguments of ``forward``."""
+        parameters = inspect.signature(self.forward).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+    def simulate(self, n: int) -> dict[str, Tensor]:
+        """``n`` rows of the story from its start: a draw of every site, ``(n, event)`` each.
+
+        Global sites have their event shape alone. Draws from torch's global random state.
+        """
+        with torch.no_grad(), own_parameters(self):
+            trace = pyro.poutine.trace(self).get_trace(n=n)
+        return {
+            name: node["value"]
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node)
+        }
+
+
+def by_name(
+    names: tuple[str, ...], args: tuple[Tensor | None, ...], kwargs: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Observed tensors by site name, from positional and keyword arguments; None is dropped.
+
+    Raises:
+        TypeError: too many arguments, one given twice, or a name that is not in ``names``.
+    """
+    try:
+        bound = inspect.Signature(
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+        ).bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{error}; observable sites are {', '.join(names)}") from None
+    return {name: value for name, value in bound.arguments.items() if value is not None}
+
+
+@contextmanager
+def own_parameters(*programs: object) -> Iterator[None]:
+    """Run PyroModules on the parameters they hold, whatever Pyro's global store holds.
+
+    Pyro's store matches parameters by name: a second model whose ``encoder.weight`` meets that
+    of a first one would silently train, or read, the first one's. Modules hold their own
+    parameters, so they get an empty store for the time of a call. Plain functions keep theirs
+    nowhere else and run on the global store as they always do.
+    """
+    if all(isinstance(program, torch.nn.Module) for program in programs):
+        with cast(Any, pyro.get_param_store()).scope():
+            yield
+    else:
+        yield

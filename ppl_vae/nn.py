@@ -1,0 +1,171 @@
+"""Nets: deterministic maps between tensors, from which conditionals are made.
+
+Every net maps ``(..., inputs)`` to ``(..., outputs)`` with any number of leading dims, since rows,
+particles and chains all stand on the left. Images travel as flat rows, channels first; only the
+convolutional nets unfold them. A net states its widths as ``.inputs`` and ``.outputs``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Multilayer perceptron: ``MLP(inputs, *hidden, outputs)``.
+
+    Shapes: ``(..., inputs)`` to ``(..., outputs)``.
+
+    Args:
+        widths: inputs, hidden widths, outputs: at least two positive integers.
+        activation: module class put after each layer but the last.
+
+    Raises:
+        ValueError: fewer than two widths, or a width below 1.
+    """
+
+    def __init__(self, *widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
+        _check_widths("MLP", widths)
+        layers: list[nn.Module] = []
+        for wide, next_wide in itertools.pairwise(widths[:-1]):
+            layers += [nn.Linear(wide, next_wide), activation()]
+        super().__init__(*layers, nn.Linear(*widths[-2:]))
+        self.inputs, self.outputs = widths[0], widths[-1]
+
+
+class Gated(nn.Module):
+    """A linear layer whose output is gated by a second one: ``A x * sigmoid(B x)``.
+
+    Shapes: ``(..., inputs)`` to ``(..., outputs)``. Source: Dauphin et al. 2017,
+    arXiv:1612.08083, eq. 1; the hidden layer of the VampPrior paper's nets.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        # One matrix for value and gate: one matrix product instead of two.
+        self.linear = nn.Linear(inputs, 2 * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.glu(self.linear(x))
+
+
+class GatedMLP(nn.Sequential):
+    """MLP with gated hidden layers, as in Tomczak & Welling 2018 (arXiv:1705.07120).
+
+    Shapes: ``(..., inputs)`` to ``(..., outputs)``; the last layer is linear.
+
+    Raises:
+        ValueError: fewer than two widths, or a width below 1.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        _check_widths("GatedMLP", widths)
+        hidden = [Gated(a, b) for a, b in itertools.pairwise(widths[:-1])]
+        super().__init__(*hidden, nn.Linear(*widths[-2:]))
+        self.inputs, self.outputs = widths[0], widths[-1]
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions from an image to features.
+
+    Shapes: ``(..., channels * height * width)`` to ``(..., outputs)``. Each stage halves height
+    and width, down to 3 to 7 pixels: one stage for 8x8, two for 28x28, three for 32x32, four
+    for 64x64; the first has ``width`` channels, each further one twice as many.
+
+    Args:
+        image_shape: (channels, height, width), each side a multiple of 4 or more.
+        outputs: number of features.
+        width: channels of the first stage.
+
+    Raises:
+        ValueError: a side that cannot be halved evenly down to 7 pixels or fewer.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], outputs: int, width: int = 32) -> None:
+        super().__init__()
+        widths, (height, wide) = _stages(image_shape, width)
+        stages: list[nn.Module] = []
+        for a, b in zip([image_shape[0], *widths], widths, strict=False):
+            stages += [nn.Conv2d(a, b, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        self.image_shape = image_shape
+        self.stages = nn.Sequential(*stages, nn.Flatten())
+        self.head = nn.Linear(widths[-1] * height * wide, outputs)
+        self.inputs, self.outputs = _pixels(image_shape), outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.stages(x.reshape(-1, *self.image_shape))  # (rows, features)
+        return self.head(features).reshape(*x.shape[:-1], self.outputs)
+
+
+class ConvDecoder(nn.Module):
+    """Transposed convolutions from a latent to an image: the mirror of :class:`ConvEncoder`.
+
+    Shapes: ``(..., inputs)`` to ``(..., per_pixel * channels * height * width)``, parameter
+    kinds outermost, so that a conditional with several parameters a pixel can split them.
+
+    Args:
+        inputs: size of the latent.
+        image_shape: (channels, height, width).
+        width: channels of the last hidden stage.
+        per_pixel: number of parameters for each pixel and channel.
+
+    Raises:
+        ValueError: a side that cannot be halved evenly down to 7 pixels or fewer.
+    """
+
+    def __init__(
+        self, inputs: int, image_shape: tuple[int, int, int], width: int = 32, per_pixel: int = 1
+    ) -> None:
+        super().__init__()
+        widths, (height, wide) = _stages(image_shape, width)
+        stages: list[nn.Module] = []
+        for a, b in zip(widths[::-1], [*widths[-2::-1], per_pixel * image_shape[0]], strict=True):
+            stages += [nn.ReLU(), nn.ConvTranspose2d(a, b, kernel_size=4, stride=2, padding=1)]
+        self.image_shape = image_shape
+        self.foot = nn.Linear(inputs, widths[-1] * height * wide)
+        self.stages = nn.Sequential(nn.Unflatten(-1, (widths[-1], height, wide)), *stages)
+        self.inputs, self.outputs = inputs, per_pixel * _pixels(image_shape)
+
+    def forward(self, z: Tensor) -> Tensor:
+        image = self.stages(self.foot(z.reshape(-1, self.inputs)))  # (rows, C, H, W)
+        return image.reshape(*z.shape[:-1], self.outputs)
+
+
+def width_of(net: nn.Module, example: Tensor) -> int:
+    """The number of outputs of ``net``: as it states, else as found on an ``example`` batch."""
+    if isinstance(stated := getattr(net, "outputs", None), int):
+        return stated
+    with torch.no_grad():
+        return cast(Tensor, net(example)).shape[-1]
+
+
+def _check_widths(name: str, widths: tuple[int, ...]) -> None:
+    if len(widths) < 2 or any(w < 1 for w in widths):
+        raise ValueError(
+            f"{name}{widths}: expected {name}(inputs, *hidden, outputs), "
+            "at least two widths, each at least 1"
+        )
+
+
+def _pixels(image_shape: tuple[int, int, int]) -> int:
+    channels, height, wide = image_shape
+    return channels * height * wide
+
+
+def _stages(image_shape: tuple[int, int, int], width: int) -> tuple[list[int], tuple[int, int]]:
+    """Channels of each halving stage, and the height and width after the last."""
+    _, height, wide = image_shape
+    widths: list[int] = []
+    while not widths or max(height, wide) > 7:
+        if height % 2 or wide % 2:
+            raise ValueError(
+                f"image_shape {image_shape}: cannot halve {height}x{wide} pixels; expected sides "
+                "that can be halved evenly down to 7 or fewer (8, 28, 32, 64, ...): pad the images"
+            )
+        widths.append(width << len(widths))
+        height, wide = height // 2, wide // 2
+    return widths, (height, wide)

@@ -1,0 +1,240 @@
+"""Reads a Pyro program: its sites, plates, shapes and supports; checks a (model, guide) pair."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from ppl_vae.model import ROWS, GenerativeModel, own_parameters
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample site as one run of a program shows it.
+
+    Shapes: ``batch_shape`` holds the plates' dims, ``event_shape`` one draw's.
+    """
+
+    name: str
+    observed: bool
+    plates: tuple[str, ...]
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    support: Constraint
+    family: str
+    enumerated: bool
+    reparameterized: bool
+    auxiliary: bool
+
+    @property
+    def local(self) -> bool:
+        """Whether each row of the data has a value of its own."""
+        return ROWS in self.plates
+
+
+class PairError(ValueError):
+    """A model and a guide that cannot work together, or a model and its data."""
+
+
+def read_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Site]:
+    """The sample sites of a program, in the order of one run with these arguments.
+
+    Leaves torch's random state as it was.
+    """
+    return {name: _site(node) for name, node in sample_nodes(_trace_aside(program, args, kwargs))}
+
+
+def sample_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The nodes of a trace that are random variables: neither plates nor parameters."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not poutine.util.site_is_subsample(node):
+            yield name, node
+
+
+def paired_traces(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Trace, Trace]:
+    """One run of the guide, and the model's run on the latents it drew: (model, guide)."""
+    with own_parameters(model, guide):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+
+
+def check_pair(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """Refuse a guide that does not cover the model's latents as the model means them.
+
+    Supports are compared by draws: each side's must lie in the other's support, which needs no
+    table of which constraints are equal.
+
+    Raises:
+        PairError: a latent without a guide site, a guide site without a latent, or a pair of
+            sites that differ in plates, shapes or support; it says which and what to do.
+    """
+    names = f"{_name(model)} and {_name(guide)}"
+    model_trace, guide_trace = (_trace_aside(p, args, kwargs) for p in (model, guide))
+    model_nodes, guide_nodes = dict(sample_nodes(model_trace)), dict(sample_nodes(guide_trace))
+    model_sites = {name: _site(node) for name, node in model_nodes.items()}
+    guide_sites = {name: _site(node) for name, node in guide_nodes.items()}
+
+    for name, site in model_sites.items():
+        if not (site.observed or site.enumerated or name in guide_sites):
+            raise PairError(
+                f"{names}: the guide has no site {name!r}, which is latent in the model; "
+                + _nearest(name, set(guide_sites) - set(model_sites), "its sites are")
+            )
+    for name, site in guide_sites.items():
+        if site.auxiliary:
+            continue
+        if name not in model_sites:
+            raise PairError(
+                f"{names}: the model has no site {name!r}, which the guide draws; "
+                + _nearest(name, set(model_sites), "its sites are")
+                + ' (or mark it with infer={"is_auxiliary": True})'
+            )
+        other = model_sites[name]
+        if other.observed:
+            raise PairError(f"{names}: the guide draws {name!r}, which is observed in the model")
+        for what in ("plates", "event_shape", "batch_shape"):
+            mine, theirs = getattr(site, what), getattr(other, what)
+            if mine != theirs:
+                raise PairError(
+                    f"{names}: at site {name!r} the guide has {what.replace('_', ' ')} "
+                    f"{tuple(mine)}, the model {tuple(theirs)}"
+                )
+        for support, draws, owner, drawer in (
+            (other.support, guide_nodes[name]["value"], "model", "guide"),
+            (site.support, model_nodes[name]["value"], "guide", "model"),
+        ):
+            if not support.check(draws).all():
+                raise PairError(
+                    f"{names}: at site {name!r} the guide is {site.family} on {site.support}, the "
+                    f"model {other.family} on {other.support}: a draw of the {drawer}, "
+                    f"{_outside(support, draws)[1]:g}, lies outside the {owner}'s support"
+                )
+    for program, trace in ((model, model_trace), (guide, guide_trace)):
+        _check_parameters(program, trace)
+
+
+def check_data(model: GenerativeModel, columns: dict[str, Tensor]) -> None:
+    """Refuse data that the model cannot have emitted: wrong shapes, or values off its support.
+
+    Args:
+        columns: ``(rows, event)`` by site name, as they would be passed to the model.
+
+    Raises:
+        PairError: names the site, the first row and the value, what was expected, what to do.
+    """
+    sites = read_sites(model, n=2)
+    for name, values in columns.items():
+        if name not in sites:
+            raise PairError(
+                f"{_name(model)} has no site {name!r}; "
+                + _nearest(name, set(model.observables), "it can observe")
+            )
+        site = sites[name]
+        if values.shape[1:] != site.event_shape:
+            raise PairError(
+                f"data {name!r} have rows of shape {tuple(values.shape[1:])}, but {_name(model)} "
+                f"emits {tuple(site.event_shape)}: build the model for this data"
+            )
+        if not site.support.check(values).all():
+            row, value = _outside(site.support, values)
+            raise PairError(
+                f"data {name!r}, row {row}, hold {value:g}, which {site.family} cannot emit: it "
+                f"is a distribution on {site.support}. " + _remedy(site.family)
+            )
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Do something random without moving torch's random state (CPU and CUDA)."""
+    with torch.random.fork_rng():
+        yield
+
+
+def _trace_aside(
+    program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace:
+    with torch.no_grad(), aside(), own_parameters(program):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _site(node: dict[str, Any]) -> Site:
+    fn: Distribution = node["fn"]
+    family: Any = fn
+    while (base := getattr(family, "base_dist", None)) is not None:
+        family = base
+    return Site(
+        name=node["name"],
+        observed=node["is_observed"],
+        plates=tuple(frame.name for frame in node["cond_indep_stack"]),
+        batch_shape=fn.batch_shape,
+        event_shape=fn.event_shape,
+        support=fn.support,
+        family=type(family).__name__,
+        enumerated=node["infer"].get("enumerate") is not None,
+        reparameterized=bool(fn.has_rsample),
+        auxiliary=bool(node["infer"].get("is_auxiliary")),
+    )
+
+
+def _check_parameters(program: Callable[..., Any], trace: Trace) -> None:
+    """A parameter that only Pyro's store holds would be lost when a module is saved."""
+    if not isinstance(program, torch.nn.Module):
+        return
+    # An AutoGuide's or PyroModule's parameter statement carries its attribute path as name.
+    held = {name.removesuffix("_unconstrained") for name, _ in program.named_parameters()}
+    for name, node in trace.nodes.items():
+        if node["type"] == "param" and name.replace("$$$", ".") not in held:
+            raise PairError(
+                f"{_name(program)}: pyro.param({name!r}) is not a parameter of the module, so it "
+                "would not be saved: make it an attribute, self.name = PyroParam(...)"
+            )
+
+
+def _outside(support: Constraint, values: Tensor) -> tuple[int, float]:
+    """Row and value of the first entry outside a support."""
+    entrywise = support
+    while isinstance(entrywise, torch.distributions.constraints.independent):
+        entrywise = entrywise.base_constraint
+    inside = entrywise.check(values)
+    row = int((~inside).nonzero()[0, 0])
+    # A constraint on whole vectors, like the simplex, cannot say which entry is at fault.
+    entries = values[row][~inside[row]] if inside.shape == values.shape else values[row]
+    return row, float(entries.flatten()[0])
+
+
+def _remedy(family: str) -> str:
+    return {
+        "Bernoulli": (
+            'Binarize the data (binarize="dynamic" or "static"), or take another likelihood, '
+            "such as ContinuousBernoulli."
+        ),
+        "Binomial": "Expected whole numbers from 0 to total_count.",
+        "ContinuousBernoulli": "Expected numbers from 0 to 1: divide by the largest value.",
+    }.get(family, "Take another likelihood, or change the data.")
+
+
+def _nearest(name: str, known: set[str], otherwise: str) -> str:
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {close[0]!r}?"
+    return f"{otherwise} {', '.join(sorted(known)) or 'none'}"
+
+
+def _name(program: Callable[..., Any]) -> str:
+    if isinstance(program, torch.nn.Module):
+        return type(program).__name__
+    return getattr(program, "__name__", repr(program))
