@@ -81,6 +81,10 @@ class GenerativeModel(Program):
         parameters = inspect.signature(self.forward).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
+    def observed(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The columns of a batch that this model can observe, to be passed to it by name."""
+        return {name: columns[name] for name in self.observables if name in columns}
+
     def simulate(self, n: int) -> dict[str, Tensor]:
         """``n`` rows of the story from its start: a draw of every site, ``(n, event)`` each.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -128,34 +128,47 @@ def check_pair(
         _check_parameters(program, trace)
 
 
-def check_data(model: GenerativeModel, columns: dict[str, Tensor]) -> None:
+def check_data(model: GenerativeModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
     """Refuse data that the model cannot have emitted: wrong shapes, or values off its support.
 
     Args:
-        columns: ``(rows, event)`` by site name, as they would be passed to the model.
+        batches: columns ``(rows, event)`` by site name, as they would be passed to the model.
 
     Raises:
-        PairError: names the site, the first row and the value, what was expected, what to do.
+        PairError: names the site, the row and the value, what was expected, what to do.
     """
-    sites = read_sites(model, n=2)
-    for name, values in columns.items():
-        if name not in sites:
-            raise PairError(
-                f"{_name(model)} has no site {name!r}; "
-                + _nearest(name, set(model.observables), "it can observe")
-            )
-        site = sites[name]
-        if values.shape[1:] != site.event_shape:
-            raise PairError(
-                f"data {name!r} have rows of shape {tuple(values.shape[1:])}, but {_name(model)} "
-                f"emits {tuple(site.event_shape)}: build the model for this data"
-            )
-        if not site.support.check(values).all():
-            row, value = _outside(site.support, values)
-            raise PairError(
-                f"data {name!r}, row {row}, hold {value:g}, which {site.family} cannot emit: it "
-                f"is a distribution on {site.support}. " + _remedy(site.family)
-            )
+    done = size = 0
+    sites: dict[str, Site] = {}
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        # A support can have the batch's shape, so sites are read for as many rows.
+        if rows != size:
+            sites, size = read_sites(model, n=rows), rows
+        for name, values in batch.items():
+            _check_values(model, sites, name, values, done)
+        done += rows
+
+
+def _check_values(
+    model: GenerativeModel, sites: Mapping[str, Site], name: str, values: Tensor, first_row: int
+) -> None:
+    if name not in sites:
+        raise PairError(
+            f"{_name(model)} has no site {name!r}; "
+            + _nearest(name, set(model.observables), "it can observe")
+        )
+    site = sites[name]
+    if values.shape[1:] != site.event_shape:
+        raise PairError(
+            f"data {name!r} have rows of shape {tuple(values.shape[1:])}, but {_name(model)} "
+            f"emits {tuple(site.event_shape)}: build the model for this data"
+        )
+    if not site.support.check(values).all():
+        row, value = _outside(site.support, values)
+        raise PairError(
+            f"data {name!r}, row {first_row + row}, hold {value:g}, which {site.family} cannot "
+            f"emit: its support is {site.support}. " + _remedy(site.family)
+        )
 
 
 @contextmanager

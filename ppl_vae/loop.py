@@ -1,0 +1,291 @@
+"""The training loop: steps over epochs, all of whose state a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ppl_vae.data import Rows
+from ppl_vae.evaluation import mean_elbo
+from ppl_vae.model import GenerativeModel
+from ppl_vae.objectives import Schedule, Training
+from ppl_vae.run import Checkpoint, Run
+from ppl_vae.sites import paired_traces, sample_nodes
+from ppl_vae.svi import SVI, NonFiniteLoss
+
+
+@dataclass
+class TrainingLoop:
+    """The state of a training, all of which a checkpoint holds, and how it moves on."""
+
+    model: GenerativeModel
+    guide: nn.Module
+    training: Training
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | ReduceLROnPlateau | None
+    svi: SVI
+    train: Rows
+    validation: Rows | None
+    device: torch.device
+    dtype: torch.dtype
+    epochs: int
+    batch_size: int
+    seed: int
+    warmup: Schedule
+    patience: int | None
+    checkpoint_seconds: float
+    run: Run | None
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current one
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # reconstruction, KL
+    best_elbo: float = -math.inf
+    best_epoch: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def batches(self) -> int:
+        return math.ceil(len(self.train) / self.batch_size)
+
+    def fit(self, show: Callable[[dict[str, float]], Any], interrupted: threading.Event) -> None:
+        while self.epoch < self.epochs and not self._out_of_patience():
+            # The order is a function of seed and epoch, so a checkpoint within one needs no list.
+            order = torch.randperm(
+                len(self.train), generator=torch.Generator().manual_seed(self._order_seed())
+            )
+            started = time.monotonic()
+            for rows in order.split(self.batch_size)[self.batch :]:
+                self._step(rows)
+                if interrupted.is_set():
+                    self.seconds += time.monotonic() - started
+                    self.save()
+                    self._status("interrupted")
+                    raise KeyboardInterrupt
+                if time.monotonic() - self.saved_at > self.checkpoint_seconds:
+                    self.save()
+            self.seconds += time.monotonic() - started
+            show(self._end_epoch())
+        if self.patience is not None and self.best is not None:
+            self.save()
+            load_weights(self.model, self.guide, self.best)
+        else:
+            self.save()
+        self._status("finished")
+
+    def _order_seed(self) -> int:
+        return (self.seed * 1_000_003 + self.epoch) % 2**63
+
+    def _step(self, rows: Tensor) -> None:
+        batch = self.model.observed(self.train.batch(rows, self.device, self.dtype))
+        self.training.weight = self.warmup(self.epoch + self.batch / self.batches)
+        try:
+            self.svi.step(**batch, total=len(self.train))
+        except NonFiniteLoss as error:
+            self._stop(f"{error}; {_culprit(self.model, self.guide, batch)}")
+        terms = self.training.terms
+        assert terms is not None
+        self.sums[0] += float(terms.reconstruction) * len(rows)
+        self.sums[1] += float(terms.kl) * len(rows)
+        self.batch += 1
+
+    def _end_epoch(self) -> dict[str, float]:
+        reconstruction, kl = (total / len(self.train) for total in self.sums)
+        row = {
+            "epoch": self.epoch + 1,
+            "elbo": reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+        }
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0]
+        validation_elbo = None
+        if self.validation is not None:
+            terms = mean_elbo(self.model, self.guide, self.validation, seed=self.seed)
+            validation_elbo = float(terms.elbo)
+            row |= {
+                "validation_elbo": validation_elbo,
+                "validation_reconstruction": float(terms.reconstruction),
+                "validation_kl": float(terms.kl),
+            }
+            if self.epoch >= self.warmup.ends and validation_elbo > self.best_elbo:
+                self.best_elbo, self.best_epoch = validation_elbo, self.epoch
+                self.best = {k: v.clone() for k, v in weights(self.model, self.guide).items()}
+        row |= {
+            "weight": self.training.weight,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": self.seconds,
+        }
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            assert validation_elbo is not None
+            self.scheduler.step(validation_elbo)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        self.history.append(row)
+        if self.run is not None:
+            self.run.log(row)
+        return row
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None or self.epoch <= self.warmup.ends:
+            return False
+        return self.epoch - max(self.best_epoch, self.warmup.ends) >= self.patience
+
+    # -- on disk -------------------------------------------------------------------------------
+
+    def start(self, resume: bool) -> None:
+        """Take up the last checkpoint, or save the first one."""
+        checkpoint = self.run.latest() if self.run is not None and resume else None
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        else:
+            self.save()
+
+    def save(self) -> None:
+        if self.run is None:
+            return
+        for name, parameter in weights(self.model, self.guide).items():
+            if parameter.is_floating_point() and not parameter.isfinite().all():
+                self._stop(f"parameter {name} is no longer finite")
+        if self.best is not None:
+            self.run.save_as("best", self.best, {"epoch": self.best_epoch, "elbo": self.best_elbo})
+        tensors = dict(weights(self.model, self.guide))
+        optimizer = self.optimizer.state_dict()
+        for index, slots in optimizer["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": self.sums,
+            "best_elbo": self.best_elbo,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "optimizer": optimizer["param_groups"],
+            "scheduler": None if self.scheduler is None else _plain_state(self.scheduler),
+        }
+        self.run.save(tensors, state, step=self.epoch * self.batches + self.batch)
+        self.saved_at = time.monotonic()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        assert self.run is not None
+        state, tensors = checkpoint.state, checkpoint.tensors
+        load_weights(self.model, self.guide, tensors)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                slots.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": slots, "param_groups": state["optimizer"]})
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.batch, self.sums = state["epoch"], state["batch"], list(state["sums"])
+        self.best_elbo, self.best_epoch = state["best_elbo"], state["best_epoch"]
+        self.seconds = state["seconds"]
+        if self.best_epoch and (best := self.run.load("best")) is not None:
+            self.best = best.tensors
+        self.run.rewind(self.epoch)
+        self.history = self.run.metrics()
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+
+    def _status(self, status: str) -> None:
+        if self.run is not None:
+            self.run.update(status=status, epochs_done=self.epoch, seconds=self.seconds)
+
+    def _stop(self, why: str) -> NoReturn:
+        self._status("failed")
+        kept = (
+            "" if self.run is None else f" The last good checkpoint is kept in {self.run.folder}."
+        )
+        raise NonFiniteLoss(
+            f"epoch {self.epoch + 1}, batch {self.batch + 1}: {why}.{kept} Try a lower learning "
+            "rate, max_grad_norm, a longer warm-up, or look for extreme values in the data."
+        ) from None
+
+
+def weights(model: nn.Module, guide: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a pair, by the names they have in a checkpoint."""
+    return {
+        f"{role}.{name}": tensor.detach()
+        for role, module in (("model", model), ("guide", guide))
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def load_weights(model: nn.Module, guide: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's weights into a pair.
+
+    Raises:
+        ValueError: names or shapes differ from those of the pair.
+    """
+    for role, module in (("model", model), ("guide", guide)):
+        own = {
+            k.removeprefix(f"{role}."): v for k, v in tensors.items() if k.startswith(f"{role}.")
+        }
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint is not one of this {role}, {type(module).__name__}: {error}"
+            ) from None
+
+
+def _culprit(model: GenerativeModel, guide: nn.Module, batch: dict[str, Tensor]) -> str:
+    """Which site, or parameter, of a failing step is not finite."""
+    for name, tensor in weights(model, guide).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"parameter {name} is not finite"
+    with torch.no_grad():
+        model_trace, guide_trace = paired_traces(model, guide, **batch)
+        for role, trace in (("guide", guide_trace), ("model", model_trace)):
+            for name, node in sample_nodes(trace):
+                log_prob = node["fn"].log_prob(node["value"])
+                if not (node["value"].isfinite().all() and log_prob.isfinite().all()):
+                    return (
+                        f"site {name!r} of the {role} has log-probability "
+                        f"{float(log_prob.flatten()[(~log_prob.isfinite()).flatten()].sum())}"
+                        if not log_prob.isfinite().all()
+                        else f"site {name!r} of the {role} drew a value that is not finite"
+                    )
+    return "every site is finite on a second run of the batch: the failing draw was a rare one"
+
+
+def _plain_state(scheduler: LRScheduler | ReduceLROnPlateau) -> dict[str, Any]:
+    """A scheduler's state in JSON types; functions, which it cannot save either, left out."""
+    plain = (bool, int, float, str, list, dict, type(None))
+    return {k: v for k, v in scheduler.state_dict().items() if isinstance(v, plain)}
+
+
+@contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event, so that a step is never cut in the middle."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def set_event(*_: Any) -> None:
+        if event.is_set():  # a second one means it
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, set_event)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

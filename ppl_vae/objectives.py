@@ -1,0 +1,251 @@
+"""Objectives: what SVI maximizes; schedules of the KL weight; the plain ELBO watched besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from pyro.infer import (
+    ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ppl_vae.sites import aside, paired_traces, sample_nodes
+
+
+def plain_elbo(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+) -> ELBO:
+    """Pyro's estimator of the ELBO that fits a pair, chosen from a trace of it.
+
+    ``TraceEnum_ELBO`` where a site is enumerated, ``TraceGraph_ELBO`` where a guide's site is
+    not reparameterized, ``TraceMeanField_ELBO`` where every latent's KL has a closed form,
+    ``Trace_ELBO`` otherwise. Arguments: an example batch.
+    """
+    with torch.no_grad(), aside():
+        model_trace, guide_trace = paired_traces(model, guide, *args, **kwargs)
+    latents = {name: node for name, node in sample_nodes(model_trace) if not node["is_observed"]}
+    drawn = dict(sample_nodes(guide_trace))
+    if any(node["infer"].get("enumerate") for node in [*latents.values(), *drawn.values()]):
+        return TraceEnum_ELBO(max_plate_nesting=1)
+    if not all(node["fn"].has_rsample for node in drawn.values()):
+        return TraceGraph_ELBO()
+    if latents and all(_has_closed_kl(drawn[n]["fn"], p["fn"]) for n, p in latents.items()):
+        return TraceMeanField_ELBO()
+    return Trace_ELBO()
+
+
+class Schedule(Protocol):
+    """The weight of the KL over training."""
+
+    @property
+    def ends(self) -> float:
+        """The epoch from which the weight stays 1: early stopping waits for it."""
+        ...
+
+    def __call__(self, epoch: float) -> float:
+        """The weight at a point of training, in epochs from the start (fractions count)."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearWarmup:
+    """KL weight from 0 to 1 in a straight line over ``epochs`` (Bowman et al. 2016,
+    arXiv:1511.06349, section 3.1; Sønderby et al. 2016, arXiv:1602.02282, section 2.3).
+
+    >>> [LinearWarmup(10)(epoch) for epoch in (0, 5, 10, 20)]
+    [0.0, 0.5, 1.0, 1.0]
+    """
+
+    epochs: float
+
+    @property
+    def ends(self) -> float:
+        return self.epochs
+
+    def __call__(self, epoch: float) -> float:
+        return min(1.0, epoch / self.epochs) if self.epochs > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class CyclicalWarmup:
+    """KL weight that rises anew ``cycles`` times over ``epochs``, each time in a straight line
+    over the first ``rising`` of the cycle, then 1 (Fu et al. 2019, arXiv:1903.10145, eq. 6-7).
+
+    >>> [CyclicalWarmup(40, cycles=4)(epoch) for epoch in (0, 2.5, 5, 9, 10, 41)]
+    [0.0, 0.5, 1.0, 1.0, 0.0, 1.0]
+    """
+
+    epochs: float
+    cycles: int = 4
+    rising: float = 0.5
+
+    @property
+    def ends(self) -> float:
+        return self.epochs
+
+    def __call__(self, epoch: float) -> float:
+        if epoch >= self.epochs:
+            return 1.0
+        period = self.epochs / self.cycles
+        return min(1.0, (epoch % period) / period / self.rising)
+
+
+@dataclass
+class Terms:
+    """The plain ELBO of what an objective last ran, in nats per datum.
+
+    Kept as tensors, so that reading a step's figures is the caller's choice of when to wait.
+    """
+
+    reconstruction: Tensor
+    kl: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        return self.reconstruction - self.kl
+
+
+class Objective(Protocol):
+    """What SVI minimizes: any ``pyro.infer.ELBO``, or whatever computes a loss like one."""
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss, a tensor ``()``: nats of all rows that the batch stands for."""
+        ...
+
+
+class Training:
+    """An objective as the training loop runs it: per datum, annealed, and watched.
+
+    The latents' log-probabilities are weighted from outside by ``weight``, so neither model nor
+    guide knows of annealing; ``terms`` holds the unannealed ELBO of the last run, whatever the
+    objective is. A loss per datum makes the gradient's norm independent of the data's size.
+
+    Args:
+        objective: the estimator that is optimized.
+        total: size of the data set, by which the objective's loss is divided.
+    """
+
+    def __init__(self, objective: Objective, total: int) -> None:
+        self.objective = objective
+        self.total = total
+        self.weight = 1.0
+        self.terms: Terms | None = None
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        watch = _Watch()
+        anneal = _LatentScale(self.weight)
+        loss = self.objective.differentiable_loss(
+            watch.of_model(anneal(model)), watch.of_guide(anneal(guide)), *args, **kwargs
+        )
+        self.terms = watch.terms(self.total)
+        return loss / self.total
+
+
+class _LatentScale(Messenger):
+    """Weights the log-probability of each latent site."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["is_observed"] or site_is_subsample(msg)):
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class _Watch:
+    """Sums log-probabilities of the runs that an estimator makes of a pair.
+
+    An estimator's own traces are not to be had from outside, so each site's density is taken
+    once more, without gradients.
+    """
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.enumerated = False
+        self.observed: Tensor | float = 0.0
+        self.latent: Tensor | float = 0.0  # log p - log q of the latents
+
+    def of_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.runs += 1
+            with _Listen(self._hear_model):
+                return model(*args, **kwargs)
+
+        return watched
+
+    def of_guide(self, guide: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with _Listen(self._hear_guide):
+                return guide(*args, **kwargs)
+
+        return watched
+
+    def _hear_model(self, msg: Any) -> None:
+        self.enumerated |= bool(msg["infer"].get("enumerate"))
+        if msg["is_observed"]:
+            self.observed = self.observed + log_prob_sum(msg)
+        else:
+            self.latent = self.latent + log_prob_sum(msg)
+
+    def _hear_guide(self, msg: Any) -> None:
+        self.latent = self.latent - log_prob_sum(msg)
+
+    def terms(self, total: int) -> Terms:
+        if self.enumerated:
+            # The sum over an enumerated site's values needs their weights, which are not heard.
+            return Terms(torch.tensor(torch.nan), torch.tensor(torch.nan))
+        runs = max(self.runs, 1) * total
+        return Terms(torch.as_tensor(self.observed) / runs, -torch.as_tensor(self.latent) / runs)
+
+
+class _Listen(Messenger):
+    def __init__(self, hear: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.hear = hear
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            self.hear(msg)
+
+
+def log_prob_sum(node: Any) -> Tensor:
+    """Log-probability of a site, scaled up by its plates but by nothing else; particles are
+    averaged. Without gradients."""
+    with torch.no_grad():
+        log_prob = node["fn"].log_prob(node["value"])
+        if node["mask"] is not None:
+            log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
+        scale = 1.0
+        for frame in node["cond_indep_stack"]:
+            if frame.full_size is None or frame.name == _PARTICLES:
+                scale /= frame.size
+            elif frame.full_size != frame.size:
+                scale *= frame.full_size / frame.size
+        return scale * log_prob.sum()
+
+
+_PARTICLES = "num_particles_vectorized"
+"""Pyro's name for the plate of vectorized particles."""
+
+
+def _has_closed_kl(q: Any, p: Any) -> bool:
+    try:
+        kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,86 @@
+"""How a training shows itself: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Show(Protocol):
+    """Shows an epoch's row of metrics."""
+
+    def __call__(self, row: Mapping[str, float], /) -> None: ...
+
+
+@contextmanager
+def training_progress(epochs: int, done: int, *, enabled: bool) -> Iterator[Show]:
+    """Gives a function that shows each epoch's ELBO, its two parts, and the time left."""
+    console = Console(file=sys.stderr)
+    if not enabled:
+        yield lambda row: None
+    elif not console.is_terminal:
+        every = max(1, epochs // 10)
+
+        def line(row: Mapping[str, float]) -> None:
+            if row["epoch"] % every == 0 or row["epoch"] == epochs:
+                print(f"epoch {row['epoch']:.0f}/{epochs}  {summary(row)}", file=sys.stderr)
+
+        yield line
+    else:
+        columns = (
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=epochs, completed=done)
+
+            def advance(row: Mapping[str, float]) -> None:
+                bar.update(task, completed=row["epoch"], description=summary(row))
+
+            yield advance
+
+
+@contextmanager
+def tensorboard_writer(folder: Path | None) -> Iterator[Show]:
+    """Gives a function that writes each epoch's metrics to ``folder`` for TensorBoard."""
+    if folder is None:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            'tensorboard=True: TensorBoard is not installed; pip install "ppl-vae[tensorboard]"'
+        ) from None
+
+    with SummaryWriter(str(folder)) as writer:
+
+        def write(row: Mapping[str, float]) -> None:
+            for name, value in row.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, int(row["epoch"]))
+
+        yield write
+
+
+def summary(row: Mapping[str, float]) -> str:
+    """An epoch in one line, in nats per datum.
+
+    >>> summary({"elbo": -95.5, "reconstruction": -70.25, "kl": 25.25})
+    'ELBO -95.50 = reconstruction -70.25 - KL 25.25'
+    """
+    parts = (
+        f"ELBO {row['elbo']:.2f} = reconstruction {row['reconstruction']:.2f} - KL {row['kl']:.2f}"
+    )
+    if "validation_elbo" in row:
+        parts += f", validation ELBO {row['validation_elbo']:.2f}"
+    return parts
