@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import constrained, positive, unconstrain
@@ -68,7 +68,7 @@ class FullRank(AmortizedGuide):
                 noise.append(solved.squeeze(-1))
             start = stop
 
-    def posterior(self, *args: Tensor, **kwargs: Tensor) -> Distribution:
+    def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         site = self.only_site()
         loc, factor = self.parameters_of(self.encode(by_name(self.names, args, kwargs)))
         return constrained(

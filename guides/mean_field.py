@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pyro
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import Normal, constrained
@@ -38,9 +38,9 @@ class MeanField(AmortizedGuide):
             if site.name not in given:
                 pyro.sample(site.name, self._site_dist(site, features))
 
-    def posterior(self, *args: Tensor, **kwargs: Tensor) -> Distribution:
+    def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         site = self.only_site()
         return self._site_dist(site, self.encode(by_name(self.names, args, kwargs)))
 
-    def _site_dist(self, site: Site, features: Tensor) -> Distribution:
+    def _site_dist(self, site: Site, features: Tensor) -> TorchDistribution:
         return constrained(self.heads[site.name](features), site.support, site.event_shape)

@@ -11,7 +11,7 @@ from typing import Self
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_vae.conditionals import positive
@@ -38,14 +38,14 @@ class Template(GenerativeModel):
         # Constants are buffers, so that they follow the model to a device or a dtype.
         self.register_buffer("w_zero", torch.zeros(observed))
 
-    def w_dist(self) -> Distribution:
+    def w_dist(self) -> TorchDistribution:
         return dist.Normal(self.w_zero, torch.ones_like(self.w_zero)).to_event(1)
 
-    def z_dist(self) -> Distribution:
+    def z_dist(self) -> TorchDistribution:
         two = torch.full_like(self.w_zero[:1], 2.0)
         return dist.Gamma(two, torch.ones_like(two)).to_event(1)
 
-    def x_dist(self, w: Tensor, z: Tensor) -> Distribution:
+    def x_dist(self, w: Tensor, z: Tensor) -> TorchDistribution:
         return dist.Poisson(positive(self.decoder(z) + w)).to_event(1)
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, cast
 
 import pyro.distributions as dist
 import torch
@@ -61,8 +61,9 @@ class PPCA(VAE):
 
     def _linear_map(self) -> tuple[Tensor, Tensor, Tensor]:
         """W ``(D, Z)``, mu ``(D,)`` and sigma ``()``."""
-        decoder = self.likelihood.net
-        return decoder.weight, decoder.bias, self.likelihood.log_scale.exp()
+        likelihood = cast(Gaussian, self.likelihood)
+        decoder = cast(nn.Linear, likelihood.net)
+        return decoder.weight, decoder.bias, likelihood.log_scale.exp()
 
     @classmethod
     def toy(cls) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 import pyro
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.likelihoods import Bernoulli
@@ -30,10 +30,10 @@ class VAE(GenerativeModel):
         self.prior = prior
         self.likelihood = likelihood
 
-    def z_dist(self) -> Distribution:
+    def z_dist(self) -> TorchDistribution:
         return self.prior()
 
-    def x_dist(self, z: Tensor) -> Distribution:
+    def x_dist(self, z: Tensor) -> TorchDistribution:
         return self.likelihood(z)
 
     def forward(

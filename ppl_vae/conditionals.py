@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 
@@ -31,11 +32,11 @@ class Conditional(nn.Module, ABC):
         super().__init__()
         self.net = net
 
-    def forward(self, *context: Tensor) -> Distribution:
+    def forward(self, *context: Tensor) -> TorchDistribution:
         return self.distribution(self.net(join(*context)))
 
     @abstractmethod
-    def distribution(self, parameters: Tensor) -> Distribution:
+    def distribution(self, parameters: Tensor) -> TorchDistribution:
         """The distribution of one row, from the net's output ``(..., parameters)``."""
 
 
@@ -48,7 +49,7 @@ class Normal(Conditional):
         ValueError: the net's number of outputs is odd.
     """
 
-    def distribution(self, parameters: Tensor) -> Distribution:
+    def distribution(self, parameters: Tensor) -> TorchDistribution:
         if parameters.shape[-1] % 2:
             raise ValueError(
                 f"the net of Normal has {parameters.shape[-1]} outputs; expected an even number: "
@@ -74,7 +75,9 @@ def positive(unconstrained: Tensor) -> Tensor:
     return nn.functional.softplus(unconstrained) + torch.finfo(unconstrained.dtype).eps
 
 
-def constrained(base: Distribution, support: Constraint, event_shape: torch.Size) -> Distribution:
+def constrained(
+    base: TorchDistribution, support: Constraint, event_shape: torch.Size
+) -> TorchDistribution:
     """``base`` over flat unconstrained coordinates, moved onto ``support``.
 
     Shapes: base event ``(U,)``, where U is the number of unconstrained coordinates of
@@ -98,6 +101,11 @@ def unconstrain(value: Tensor, support: Constraint, event_shape: torch.Size) -> 
 
 def is_real(support: Constraint) -> bool:
     """Whether ``support`` is all of the reals, whatever its event dims."""
-    while isinstance(support, torch.distributions.constraints.independent):
+    return entrywise(support) is constraints.real
+
+
+def entrywise(support: Constraint) -> Constraint:
+    """A support without the dims that ``.to_event`` added: that of one entry, if it has one."""
+    while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support is torch.distributions.constraints.real
+    return support

@@ -108,7 +108,7 @@ def fit(
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     _check_arguments(locals())
-    fabric = Fabric(accelerator=_accelerator(device), devices=1, precision=_precision(precision))
+    fabric = Fabric(accelerator=torch_device(device), devices=1, precision=_precision(precision))
     dtype = torch.float64 if precision == "64-true" else torch.float32
     model.to(fabric.device, dtype)
     guide.to(fabric.device, dtype)
@@ -183,7 +183,12 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError("resume=True: give out=, the folder of the run to go on with")
 
 
-def _accelerator(device: str) -> str:
+def torch_device(device: str) -> str:
+    """ "auto", "cpu" or "cuda" as "cpu" or "cuda".
+
+    Raises:
+        ValueError: another name, or "cuda" where torch finds no device.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: expected auto, cpu or cuda")
     if device == "auto":

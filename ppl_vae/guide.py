@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
@@ -43,8 +43,8 @@ class Factorized(Program):
         for name, context in self.contexts.items():
             if late := [n for n in context if n in sites and n not in drawn]:
                 raise ValueError(
-                    f"Factorized: {name!r} is conditioned on {late[0]!r}, which is not drawn before "
-                    "it; list sites in the order of drawing"
+                    f"Factorized: {name!r} is conditioned on {late[0]!r}, which is not drawn "
+                    "before it; list sites in the order of drawing"
                 )
             drawn.append(name)
 
@@ -69,7 +69,7 @@ class Factorized(Program):
                 values[name] = pyro.sample(name, q)
         return values
 
-    def posterior(self, *context: Tensor) -> Distribution:
+    def posterior(self, *context: Tensor) -> TorchDistribution:
         """q(z | x) of the one latent site, ``(rows,)`` of its event.
 
         Raises:
@@ -163,7 +163,7 @@ class AmortizedGuide(Program):
     def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:
         """Draw each local site that is not in ``given``, from features ``(rows, features)``."""
 
-    def posterior(self, *args: Tensor, **kwargs: Tensor) -> Distribution:
+    def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         """q(z | x) of the one local site, where the family has it in closed form.
 
         Raises:
@@ -194,7 +194,7 @@ def unconstrained_size(site: Site) -> int:
 def _check_coverable(guide: str, site: Site) -> None:
     if site.support.is_discrete:
         raise PairError(
-            f"{guide}: site {site.name!r} is discrete ({site.family}) and this family is continuous: "
+            f"{guide}: site {site.name!r} is discrete ({site.family}), this family continuous: "
             'mark it infer={"enumerate": "parallel"}, or write the guide out with Factorized'
         )
     if len(site.plates) > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import Conditional
@@ -18,7 +18,7 @@ from ppl_vae.conditionals import Conditional
 class Bernoulli(Conditional):
     """Bits, from the net's logits."""
 
-    def distribution(self, parameters: Tensor) -> Distribution:
+    def distribution(self, parameters: Tensor) -> TorchDistribution:
         return dist.Bernoulli(logits=parameters).to_event(1)
 
 
@@ -35,7 +35,7 @@ class Binomial(Conditional):
             raise ValueError(f"Binomial(total_count={total_count}): expected at least 1")
         self.total_count = total_count
 
-    def distribution(self, parameters: Tensor) -> Distribution:
+    def distribution(self, parameters: Tensor) -> TorchDistribution:
         return dist.Binomial(self.total_count, logits=parameters).to_event(1)
 
 
@@ -46,7 +46,7 @@ class ContinuousBernoulli(Conditional):
     with the normalizing constant that makes it one on [0, 1].
     """
 
-    def distribution(self, parameters: Tensor) -> Distribution:
+    def distribution(self, parameters: Tensor) -> TorchDistribution:
         return dist.ContinuousBernoulli(logits=parameters).to_event(1)
 
 
@@ -77,5 +77,5 @@ class Gaussian(Conditional):
         else:
             self.register_buffer("log_scale", scale.log())
 
-    def distribution(self, parameters: Tensor) -> Distribution:
+    def distribution(self, parameters: Tensor) -> TorchDistribution:
         return dist.Normal(parameters, self.log_scale.exp()).to_event(1)

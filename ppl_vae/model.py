@@ -10,7 +10,10 @@ from typing import Any, Self, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 ROWS = "data"
@@ -68,7 +71,7 @@ class GenerativeModel(Program):
     """
 
     @abstractmethod
-    def forward(self, *observed: Tensor | None, n: int | None, total: int | None) -> Any: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @classmethod
     @abstractmethod
@@ -91,12 +94,15 @@ class GenerativeModel(Program):
         Global sites have their event shape alone. Draws from torch's global random state.
         """
         with torch.no_grad(), own_parameters(self):
-            trace = pyro.poutine.trace(self).get_trace(n=n)
-        return {
-            name: node["value"]
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node)
-        }
+            trace = poutine.trace(self).get_trace(n=n)
+        return {name: node["value"] for name, node in sample_nodes(trace)}
+
+
+def sample_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The nodes of a trace that are random variables: neither plates nor parameters."""
+    for name, node in cast(dict[str, Any], trace.nodes).items():
+        if node["type"] == "sample" and not site_is_subsample(node):
+            yield name, node
 
 
 def by_name(

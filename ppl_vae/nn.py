@@ -33,7 +33,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for wide, next_wide in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(wide, next_wide), activation()]
-        super().__init__(*layers, nn.Linear(*widths[-2:]))
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
         self.inputs, self.outputs = widths[0], widths[-1]
 
 
@@ -65,7 +65,7 @@ class GatedMLP(nn.Sequential):
     def __init__(self, *widths: int) -> None:
         _check_widths("GatedMLP", widths)
         hidden = [Gated(a, b) for a, b in itertools.pairwise(widths[:-1])]
-        super().__init__(*hidden, nn.Linear(*widths[-2:]))
+        super().__init__(*hidden, nn.Linear(widths[-2], widths[-1]))
         self.inputs, self.outputs = widths[0], widths[-1]
 
 

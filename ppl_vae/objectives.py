@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from pyro.infer import (
-    ELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
@@ -22,9 +21,19 @@ from torch.distributions import kl_divergence
 from ppl_vae.sites import aside, paired_traces, sample_nodes
 
 
+class Objective(Protocol):
+    """What SVI minimizes: any ``pyro.infer.ELBO``, or whatever computes a loss like one."""
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss, a tensor ``()``: nats of all rows that the batch stands for."""
+        ...
+
+
 def plain_elbo(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-) -> ELBO:
+) -> Objective:
     """Pyro's estimator of the ELBO that fits a pair, chosen from a trace of it.
 
     ``TraceEnum_ELBO`` where a site is enumerated, ``TraceGraph_ELBO`` where a guide's site is
@@ -113,16 +122,6 @@ class Terms:
     @property
     def elbo(self) -> Tensor:
         return self.reconstruction - self.kl
-
-
-class Objective(Protocol):
-    """What SVI minimizes: any ``pyro.infer.ELBO``, or whatever computes a loss like one."""
-
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The loss, a tensor ``()``: nats of all rows that the batch stands for."""
-        ...
 
 
 class Training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import nn
 
 
@@ -26,5 +26,5 @@ class StandardNormal(nn.Module):
         # A buffer, so that device and dtype follow the model's.
         self.register_buffer("loc", torch.zeros(size), persistent=False)
 
-    def forward(self) -> Distribution:
+    def forward(self) -> TorchDistribution:
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from ppl_vae.model import ROWS, GenerativeModel, own_parameters
+from ppl_vae.conditionals import entrywise
+from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
+from ppl_vae.names import nearest
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,6 @@ def read_sites(program: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[s
     return {name: _site(node) for name, node in sample_nodes(_trace_aside(program, args, kwargs))}
 
 
-def sample_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The nodes of a trace that are random variables: neither plates nor parameters."""
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not poutine.util.site_is_subsample(node):
-            yield name, node
-
-
 def paired_traces(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[Trace, Trace]:
@@ -93,7 +87,7 @@ def check_pair(
         if not (site.observed or site.enumerated or name in guide_sites):
             raise PairError(
                 f"{names}: the guide has no site {name!r}, which is latent in the model; "
-                + _nearest(name, set(guide_sites) - set(model_sites), "its sites are")
+                + nearest(name, set(guide_sites) - set(model_sites))
             )
     for name, site in guide_sites.items():
         if site.auxiliary:
@@ -101,7 +95,7 @@ def check_pair(
         if name not in model_sites:
             raise PairError(
                 f"{names}: the model has no site {name!r}, which the guide draws; "
-                + _nearest(name, set(model_sites), "its sites are")
+                + nearest(name, model_sites)
                 + ' (or mark it with infer={"is_auxiliary": True})'
             )
         other = model_sites[name]
@@ -153,10 +147,7 @@ def _check_values(
     model: GenerativeModel, sites: Mapping[str, Site], name: str, values: Tensor, first_row: int
 ) -> None:
     if name not in sites:
-        raise PairError(
-            f"{_name(model)} has no site {name!r}; "
-            + _nearest(name, set(model.observables), "it can observe")
-        )
+        raise PairError(f"{_name(model)} has no site {name!r}; " + nearest(name, model.observables))
     site = sites[name]
     if values.shape[1:] != site.event_shape:
         raise PairError(
@@ -186,7 +177,7 @@ def _trace_aside(
 
 
 def _site(node: dict[str, Any]) -> Site:
-    fn: Distribution = node["fn"]
+    fn: TorchDistribution = node["fn"]
     family: Any = fn
     while (base := getattr(family, "base_dist", None)) is not None:
         family = base
@@ -196,7 +187,7 @@ def _site(node: dict[str, Any]) -> Site:
         plates=tuple(frame.name for frame in node["cond_indep_stack"]),
         batch_shape=fn.batch_shape,
         event_shape=fn.event_shape,
-        support=fn.support,
+        support=cast(Constraint, fn.support),
         family=type(family).__name__,
         enumerated=node["infer"].get("enumerate") is not None,
         reparameterized=bool(fn.has_rsample),
@@ -210,7 +201,7 @@ def _check_parameters(program: Callable[..., Any], trace: Trace) -> None:
         return
     # An AutoGuide's or PyroModule's parameter statement carries its attribute path as name.
     held = {name.removesuffix("_unconstrained") for name, _ in program.named_parameters()}
-    for name, node in trace.nodes.items():
+    for name, node in cast(dict[str, dict[str, Any]], trace.nodes).items():
         if node["type"] == "param" and name.replace("$$$", ".") not in held:
             raise PairError(
                 f"{_name(program)}: pyro.param({name!r}) is not a parameter of the module, so it "
@@ -220,10 +211,7 @@ def _check_parameters(program: Callable[..., Any], trace: Trace) -> None:
 
 def _outside(support: Constraint, values: Tensor) -> tuple[int, float]:
     """Row and value of the first entry outside a support."""
-    entrywise = support
-    while isinstance(entrywise, torch.distributions.constraints.independent):
-        entrywise = entrywise.base_constraint
-    inside = entrywise.check(values)
+    inside = entrywise(support).check(values)
     row = int((~inside).nonzero()[0, 0])
     # A constraint on whole vectors, like the simplex, cannot say which entry is at fault.
     entries = values[row][~inside[row]] if inside.shape == values.shape else values[row]
@@ -239,12 +227,6 @@ def _remedy(family: str) -> str:
         "Binomial": "Expected whole numbers from 0 to total_count.",
         "ContinuousBernoulli": "Expected numbers from 0 to 1: divide by the largest value.",
     }.get(family, "Take another likelihood, or change the data.")
-
-
-def _nearest(name: str, known: set[str], otherwise: str) -> str:
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f"did you mean {close[0]!r}?"
-    return f"{otherwise} {', '.join(sorted(known)) or 'none'}"
 
 
 def _name(program: Callable[..., Any]) -> str:

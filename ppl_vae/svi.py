@@ -74,7 +74,7 @@ class SVI:
                     loss = self._finite_loss(*args, **kwargs)
                 loss.backward()
                 used = {_unconstrained(node) for node in capture.trace.nodes.values()}
-                self.optim(used)
+                self.optim(list(used))
                 zero_grads(used)
             else:
                 loss = self._finite_loss(*args, **kwargs)
@@ -105,7 +105,7 @@ def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:
     return list(dict.fromkeys(held))
 
 
-def _unconstrained(node: dict[str, Any]) -> Tensor:
+def _unconstrained(node: Any) -> Tensor:
     value = node["value"]
     # pyro.param hands out a constrained view that remembers the leaf under it.
     return value.unconstrained() if hasattr(value, "unconstrained") else value

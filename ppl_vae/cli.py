@@ -1,0 +1,355 @@
+"""The command line: ``ppl-vae list | show | fit | evaluate | check | sample``.
+
+Options are made from signatures with jsonargparse; a recipe's own arguments join those of
+``fit``. Nothing here imports torch before a command needs it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json as json_
+import re
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from ppl_vae.names import nearest
+
+if TYPE_CHECKING:
+    from ppl_vae.fitting import Fitted
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; without ``arguments``, those of the process.
+
+    Returns the exit code: 0; 1 for a command that failed, with one sentence that says why; 130
+    for Ctrl-C, which ``fit`` answers by saving a checkpoint first. A command line that makes no
+    sense exits with 2.
+    """
+    given = [_underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    parser = _parser(given)
+    chosen = parser.parse_args(given).as_dict()
+    command = chosen.pop("subcommand")
+    try:
+        _COMMANDS[command](**chosen[command])
+    except KeyboardInterrupt:
+        print("ppl-vae: interrupted; go on with: ppl-vae fit --resume DIR", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
+        print(f"ppl-vae {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def list_(json: bool = False) -> None:
+    """List models, guides, recipes and data sets.
+
+    Args:
+        json: print JSON.
+    """
+    from ppl_vae import zoo
+    from ppl_vae.data import known_names
+    from ppl_vae.recipes import recipes
+
+    members = {"models": zoo.models(), "guides": zoo.guides(), "recipes": recipes()}
+    table = {
+        kind: {name: zoo.first_line(member) for name, member in found.items()}
+        for kind, found in members.items()
+    }
+    if json:
+        print(json_.dumps({**table, "data": list(known_names())}, indent=2))
+        return
+    for kind, lines in table.items():
+        print(f"{kind}:")
+        for name, line in lines.items():
+            print(f"  {name:<18} {line}")
+    print(f"data:\n  {', '.join(known_names())}")
+
+
+def show(model: str, graph: Path | None = None) -> None:
+    """Show a model: its story, with sites, plates, shapes and supports.
+
+    Args:
+        model: name, as ``ppl-vae list`` gives it.
+        graph: write the graph to this picture file (.png, .svg or .pdf).
+    """
+    from ppl_vae import zoo
+    from ppl_vae.show import graph as draw
+    from ppl_vae.show import story
+
+    instance = zoo.find("model", model, zoo.models()).toy()
+    print(story(instance))
+    if graph is not None:
+        draw(instance).savefig(graph, bbox_inches="tight", dpi=150)
+
+
+def fit(
+    recipe: str | None = None,
+    resume: Path | None = None,
+    out: Path | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Literal["32-true", "64-true", "bf16-mixed"] | None = None,
+    batch_size: int | None = None,
+    optimizer: Literal["adam", "adamw", "adamax"] | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    schedule: Literal["cosine", "plateau"] | None = None,
+    max_grad_norm: float | None = None,
+    warmup: float | None = None,
+    patience: int | None = None,
+    checkpoint_seconds: float | None = None,
+    tensorboard: bool = False,
+    quiet: bool = False,
+    **arguments: Any,
+) -> None:
+    """Fit a recipe, or go on with a run.
+
+    An option that is left out is as the recipe says. ``ppl-vae fit RECIPE --help`` shows the
+    recipe's own arguments too.
+
+    Args:
+        recipe: name, or path/to/file.py:function.
+        resume: folder of a run to go on with, to the same bits as if it had never stopped.
+        out: folder of the run; new, or empty. Default: runs/RECIPE-DATE-TIME.
+        epochs: passes over the training rows.
+        seed: of weights, noise and order of the rows.
+        device: where to compute.
+        precision: of the arithmetic.
+        batch_size: rows a step.
+        optimizer: its name.
+        learning_rate: of the optimizer.
+        weight_decay: of the optimizer.
+        schedule: of the learning rate.
+        max_grad_norm: longer gradients are shortened to it.
+        warmup: epochs over which the KL's weight rises from 0 to 1.
+        patience: epochs without a better validation ELBO before stopping.
+        checkpoint_seconds: least time between checkpoints.
+        tensorboard: write metrics for TensorBoard too.
+        quiet: show no progress.
+    """
+    from ppl_vae import recipes
+
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "device": None if resume is not None and device == "auto" else device,
+        "precision": precision,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "max_grad_norm": max_grad_norm,
+        "warmup": warmup,
+        "patience": patience,
+        "checkpoint_seconds": checkpoint_seconds,
+        "tensorboard": tensorboard or None,
+        "progress": not quiet,
+    }
+    if resume is not None:
+        if recipe is not None or out is not None:
+            raise ValueError(
+                "--resume DIR goes on with the run in DIR: give no RECIPE and no --out"
+            )
+        fitted = recipes.resume(resume, **options)
+    elif recipe is not None:
+        if out is None:
+            name = recipe.rpartition(":")[2]
+            out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed, **options)
+    else:
+        raise ValueError("give a RECIPE (ppl-vae list names them), or --resume DIR")
+    _save_figures(fitted)
+    assert fitted.run is not None
+    print(fitted.run.folder)
+
+
+def evaluate(
+    run: Path,
+    samples: int = 100,
+    split: Literal["train", "validation", "test"] = "test",
+    seed: int = 0,
+    memory: int = 512,
+    device: Device = "auto",
+    json: bool = False,
+) -> None:
+    """Evaluate a run: ELBO, NLL, KL, active units, on every row of a split.
+
+    Args:
+        run: folder of the run.
+        samples: importance draws a row.
+        split: which rows.
+        seed: of the draws.
+        memory: MiB that intermediate tensors may take.
+        device: where to compute.
+        json: print JSON.
+    """
+    from ppl_vae.evaluation import evaluate as evaluate_pair
+    from ppl_vae.run import write_atomically
+
+    fitted = _load(run, device)
+    figures = evaluate_pair(
+        fitted.model,
+        fitted.guide,
+        fitted.data,
+        samples=samples,
+        split=split,
+        seed=seed,
+        memory=memory,
+    ).to_json()
+    text = json_.dumps(figures, indent=2)
+    write_atomically(run / f"evaluation-{split}.json", text.encode() + b"\n")
+    if json:
+        print(text)
+        return
+    print(f"{split}: {figures['rows']} rows, {samples} importance samples a row, nats per datum")
+    print(f"  ELBO            {figures['elbo']:10.3f} +- {figures['elbo_se']:.3f}")
+    print(f"  reconstruction  {figures['reconstruction']:10.3f}")
+    print(f"  KL              {figures['kl']:10.3f}")
+    print(f"  NLL             {figures['nll']:10.3f} +- {figures['nll_se']:.3f}")
+    print(f"  bits per dim    {figures['bits_per_dim']:10.4f}")
+    print(f"  active units    {figures['active_units']:10d}")
+
+
+def check(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:
+    """Check a run: does data from the fitted model look like held-out data?
+
+    Args:
+        run: folder of the run; the report goes to its folder ``report``.
+        seed: of the draws.
+        device: where to compute.
+        json: print JSON.
+    """
+    from ppl_vae.checks import check as check_pair
+
+    fitted = _load(run, device)
+    report = check_pair(fitted.model, fitted.guide, fitted.data, seed=seed)
+    report.save(run / "report")
+    if json:
+        print(json_.dumps(report.to_json(), indent=2))
+    else:
+        print(report)
+        print(run / "report")
+
+
+def sample(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:
+    """Draw new rows from a run's model, as a picture and as numbers.
+
+    Args:
+        run: folder of the run; writes figures/samples.png and samples.npz, every site's draws.
+        n: number of rows.
+        seed: of the draws.
+        device: where to compute.
+    """
+    import numpy as np
+    import torch
+
+    from ppl_vae import plots
+    from ppl_vae.sites import aside
+
+    fitted = _load(run, device)
+    with aside():
+        torch.manual_seed(seed)
+        draws = {name: value.cpu().numpy() for name, value in fitted.model.simulate(n).items()}
+    np.savez_compressed(run / "samples.npz", **draws)  # pyright: ignore[reportArgumentType]
+    figure = plots.samples(fitted.model, fitted.data.image_shape, n=n, seed=seed)
+    figure.savefig(run / "figures" / "samples.png")
+    print(run / "samples.npz")
+    print(run / "figures" / "samples.png")
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "list": list_,
+    "show": show,
+    "fit": fit,
+    "evaluate": evaluate,
+    "check": check,
+    "sample": sample,
+}
+
+
+class _Parser(ArgumentParser):
+    """Names the nearest option to one that it does not know."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            parsers = [self, *self._subparsers_by_name().values()]
+            options = {o for p in parsers for a in p._actions for o in a.option_strings}
+            message += f"; {nearest(unknown[1], (o for o in options if o[:2] == '--'))}"
+        super().error(message, ex)
+
+    def _subparsers_by_name(self) -> dict[str, ArgumentParser]:
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                return action.choices
+        return {}
+
+
+def _parser(given: Sequence[str]) -> ArgumentParser:
+    parser = _Parser(prog="ppl-vae", description="Write, fit and trust VAEs as Pyro programs.")
+    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description=None)
+    for name, function in _COMMANDS.items():
+        first_line = (inspect.getdoc(function) or "").partition("\n")[0]
+        sub = _Parser(description=first_line)
+        if name == "fit":
+            sub.add_argument("recipe", nargs="?", help="name, or path/to/file.py:function")
+            sub.add_function_arguments(function, skip={"recipe", "arguments"})
+            _add_recipe(parser, sub, given)
+        else:
+            sub.add_function_arguments(function, as_positional=True)
+        for action in sub._actions:
+            if getattr(action, "_typehint", None) is bool:  # --json alone means --json true
+                action.nargs, action.const = "?", True
+        commands.add_subcommand(name, sub, help=first_line.rstrip(".").lower())
+    return parser
+
+
+def _add_recipe(parser: ArgumentParser, fit_parser: ArgumentParser, given: Sequence[str]) -> None:
+    """Give ``fit`` the arguments of the recipe that the command line names, if it names one."""
+    if given[:1] != ["fit"]:
+        return
+    values = {o for a in fit_parser._actions if a.nargs != 0 for o in a.option_strings}
+    words = iter(given[1:])
+    for word in words:
+        if word in values:
+            next(words, None)  # an option's value, not the recipe
+        elif not word.startswith("-"):
+            from ppl_vae.recipes import find_recipe
+
+            try:
+                fit_parser.add_function_arguments(find_recipe(word))
+            except ValueError as error:
+                parser.error(str(error))
+            return
+
+
+def _underscored(word: str) -> str:
+    """``--batch-size`` as ``--batch_size``: signatures have underscores, habits have dashes."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _load(run: Path, device: Device) -> Fitted:
+    from ppl_vae.fitting import torch_device
+    from ppl_vae.recipes import load
+
+    fitted = load(run)
+    fitted.model.to(torch_device(device))
+    fitted.guide.to(torch_device(device))
+    return fitted
+
+
+def _save_figures(fitted: Fitted) -> None:
+    from ppl_vae import plots
+
+    assert fitted.run is not None
+    plots.save_figures(fitted, fitted.run.folder / "figures")

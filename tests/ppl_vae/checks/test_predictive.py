@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import xarray
+from ppl_vae.guides.mean_field import MeanField
+from ppl_vae.models._template import Template
+from ppl_vae.models.ppca import PPCA
+
+import ppl_vae.checks.predictive as predictive
+from ppl_vae.checks import CheckResult, check, population_predictive
+from ppl_vae.checks.predictive import holm, p_value
+from ppl_vae.nn import MLP
+
+ENOUGH = 300  # replicates with which seven statistics can fail at 0.05
+
+
+def ppca(observed=4):
+    torch.manual_seed(0)
+    model = PPCA(latents=2, observed=observed, scale=0.7)
+    return model, MeanField(model, MLP(observed, 4), x=torch.zeros(2, observed))
+
+
+def as_test(x):
+    return {"train": x, "test": x}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return ppca()
+
+
+@pytest.fixture(scope="module")
+def truth(pair):
+    torch.manual_seed(1)
+    return pair[0].simulate(400)["x"]
+
+
+def by_name(result: CheckResult):
+    return {record["statistic"]: record for record in result.statistics}
+
+
+def test_p_values_are_uniform_under_the_truth(pair):
+    model, guide = pair
+    p = []
+    for seed in range(150):
+        torch.manual_seed(1000 + seed)
+        data = as_test(model.simulate(20)["x"])
+        result = population_predictive(
+            model, guide, data, seed=seed, replicates=99, statistics={"mean": torch.mean}
+        )
+        p.append(result.statistics[0]["p"])
+    # p lies on a grid of 0.02: half a step is taken off, so that a continuous law fits.
+    assert scipy.stats.kstest(np.array(p) - 0.01, "uniform").pvalue > 0.001
+    # Never too many small ones: 3.2 standard errors above the level.
+    assert np.mean(np.array(p) <= 0.1) < 0.1 + 3.2 * np.sqrt(0.09 / 150)
+
+
+@pytest.mark.slow
+def test_the_family_wise_error_rate_is_as_stated(pair):
+    model, guide = pair
+    fails = 0
+    for seed in range(200):
+        torch.manual_seed(5000 + seed)
+        data = as_test(model.simulate(50)["x"])
+        result = population_predictive(model, guide, data, seed=seed, replicates=ENOUGH)
+        fails += result.verdict == "fail"
+    assert fails / 200 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+
+
+@pytest.mark.parametrize(
+    ("fault", "statistic", "direction"),
+    [
+        (lambda x: x + 0.3, "mean", "mean too low"),
+        (lambda x: x - 0.3, "mean", "mean too high"),
+        (lambda x: 1.3 * (x - x.mean(0)) + x.mean(0), "standard deviation", "deviation too low"),
+        (lambda x: 0.7 * (x - x.mean(0)) + x.mean(0), "standard deviation", "deviation too high"),
+    ],
+)
+def test_faults_are_found_on_both_sides(pair, truth, fault, statistic, direction):
+    model, guide = pair
+    result = population_predictive(model, guide, as_test(fault(truth)), replicates=ENOUGH)
+    assert result.verdict == "fail"
+    assert not result.passed
+    assert by_name(result)[statistic]["verdict"] == "fail"
+    assert direction in result.meaning
+
+
+def test_lost_dependence_is_found_by_its_statistic_alone(pair, truth):
+    model, guide = pair
+    x = truth.clone()
+    generator = torch.Generator().manual_seed(0)
+    for column in range(x.shape[1]):
+        x[:, column] = x[torch.randperm(len(x), generator=generator), column]
+    records = by_name(population_predictive(model, guide, as_test(x), replicates=ENOUGH))
+    assert records["neighbor correlation"]["verdict"] == "fail"
+    assert records["mean"]["verdict"] == "pass"
+    assert records["standard deviation"]["verdict"] == "pass"
+
+
+def test_the_truth_passes(pair, truth):
+    result = population_predictive(*pair, as_test(truth), replicates=ENOUGH)
+    assert result.verdict == "pass"
+    assert result.error_rate == 0.05
+    assert by_name(result)["mean"]["observed"] == pytest.approx(truth.double().mean().item())
+
+
+def test_default_statistics_by_hand():
+    x = torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0], [4.0, 8.0, 5.0]], dtype=torch.float64)
+    values = {name: float(statistic(x)) for name, statistic in predictive.STATISTICS.items()}
+    totals = np.array([6.0, 10.0, 17.0])
+    assert values == pytest.approx(
+        {
+            "mean": x.numpy().mean(),
+            "standard deviation": x.numpy().std(ddof=1),
+            "fraction of zeros": 1 / 9,
+            "spread of row totals": totals.std(ddof=1),
+            "smallest row total": 6.0,
+            "largest row total": 17.0,
+            # The third column does not vary: one pair is left.
+            "neighbor correlation": np.corrcoef(x[:, 0], x[:, 1])[0, 1],
+        }
+    )
+
+
+def test_p_value_by_hand():
+    replicated = np.arange(9.0)
+    assert p_value(100.0, replicated)[0] == pytest.approx(2 * 1 / 10)
+    assert p_value(-100.0, replicated)[0] == pytest.approx(2 * 1 / 10)
+    assert p_value(8.0, replicated)[0] == pytest.approx(2 * 2 / 10)  # a tie counts against
+    assert p_value(4.0, replicated)[0] == 1.0
+    assert p_value(1.0, np.ones(9))[0] == 1.0
+    assert p_value(100.0, replicated)[1] == pytest.approx(2 * np.sqrt(0.1 * 0.9 / 9))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_statistics_that_say_nothing_are_not_applicable():
+    model, guide = ppca(observed=1)
+    torch.manual_seed(1)
+    x = model.simulate(50)["x"]
+    result = population_predictive(model, guide, as_test(x), replicates=ENOUGH)
+    records = by_name(result)
+    assert records["neighbor correlation"]["verdict"] == "not applicable"
+    assert "nan in the held-out data" in records["neighbor correlation"]["note"]
+    assert records["fraction of zeros"]["verdict"] == "not applicable"
+    assert "0 in the held-out data and in every" in records["fraction of zeros"]["note"]
+    assert "Not applicable: fraction of zeros, neighbor correlation." in result.meaning
+    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["statistics"][2]["p"] is None
+    # They stay in the family: seven statistics, not five.
+    smallest = min(records.values(), key=lambda r: 2 if np.isnan(r["p"]) else r["p"])
+    assert smallest["p_adjusted"] == pytest.approx(min(1.0, 7 * smallest["p"]))
+    with pytest.raises(ValueError, match="no statistic is applicable"):
+        population_predictive(
+            model, guide, as_test(x), statistics={"nothing": lambda x: torch.tensor(torch.nan)}
+        )
+
+
+def test_zeros_in_the_data_that_the_model_never_emits_fail(pair, truth):
+    x = truth.clone()
+    x[:5, 0] = 0
+    records = by_name(population_predictive(*pair, as_test(x), replicates=ENOUGH))
+    assert records["fraction of zeros"]["verdict"] == "fail"
+
+
+def test_statistics_of_the_user(pair, truth):
+    def last_column(x):
+        assert x.dtype == torch.float64
+        return x[:, -1].median()
+
+    result = population_predictive(*pair, as_test(truth), statistics={"last": last_column})
+    assert [r["statistic"] for r in result.statistics] == ["last"]
+    assert result.statistics[0]["observed"] == pytest.approx(truth[:, -1].median().item())
+    with pytest.raises(ValueError, match=r"'by column' of the held-out data is a tensor \(4,\)"):
+        population_predictive(*pair, as_test(truth), statistics={"by column": lambda x: x.mean(0)})
+    with pytest.raises(ValueError, match="'text' of the held-out data is 'many'"):
+        population_predictive(*pair, as_test(truth), statistics={"text": lambda x: "many"})
+
+
+def test_settings_that_cannot_work_are_refused(pair, truth):
+    data = as_test(truth)
+    with pytest.raises(ValueError, match="even the worst model would pass; expected at least 279"):
+        population_predictive(*pair, data, replicates=278)
+    with pytest.raises(ValueError, match="level=5"):
+        population_predictive(*pair, data, level=5)
+    with pytest.raises(ValueError, match="rows=1"):
+        population_predictive(*pair, data, rows=1)
+    with pytest.raises(ValueError, match="statistics is empty"):
+        population_predictive(*pair, data, statistics={})
+    with pytest.raises(ValueError, match="no observable 'y', only x"):
+        population_predictive(*pair, data, site="y")
+
+
+def test_as_many_replicates_as_can_just_fail(pair, truth):
+    result = population_predictive(*pair, as_test(truth + 5), replicates=279)
+    assert by_name(result)["mean"]["p_adjusted"] == pytest.approx(0.05)
+    assert result.verdict == "fail"
+
+
+def test_a_model_that_has_diverged_is_an_error(truth):
+    model, guide = ppca()
+    with torch.no_grad():
+        model.likelihood.net.bias[1] = torch.inf
+    with pytest.raises(ValueError, match="replicate 0: PPCA emits inf at site 'x'"):
+        population_predictive(model, guide, as_test(truth))
+
+
+def test_global_latents_come_from_the_guide():
+    torch.manual_seed(0)
+    model = Template.toy()
+    guide = MeanField(model, MLP(4, 8), x=torch.ones(2, 4))
+    with torch.no_grad():
+        guide.global_guide.locs.w.fill_(3.0)
+        guide.global_guide.scales.w = torch.full((4,), 1e-3)
+    x = torch.poisson(torch.full((200, 4), 3.0))
+    record = by_name(population_predictive(model, guide, as_test(x), replicates=ENOUGH))["mean"]
+    with torch.no_grad():
+        z = model.z_dist().sample((20000,))
+        expected = model.x_dist(torch.full((4,), 3.0), z).mean.mean().item()
+    assert record["replicated_mean"] == pytest.approx(expected, rel=0.02)
+    assert record["replicated_sd"] < 0.3  # w ~ Normal(0, 1) would give more than 0.4
+
+
+def test_runs_stay_small(pair, truth, monkeypatch):
+    model, guide = pair
+    monkeypatch.setattr(predictive, "_ROWS_AT_ONCE", 64)
+    sizes = []
+    hook = model.likelihood.net.register_forward_hook(lambda m, i, out: sizes.append(len(out)))
+    result = population_predictive(
+        model, guide, as_test(truth[:100]), replicates=50, statistics={"mean": torch.mean}
+    )
+    hook.remove()
+    assert (sizes.count(64), sizes.count(36)) == (50, 50)  # 100 rows a replicate
+    assert max(sizes) == 100  # reading the sites
+    values = result.groups["population_predictive"]["mean"].values
+    assert values.shape == (1, 50)
+    assert len(np.unique(values)) == 50
+
+
+def test_repeatable_and_leaves_the_random_state(pair, truth):
+    state = torch.get_rng_state()
+    a, b, c = (
+        population_predictive(*pair, as_test(truth), seed=s, rows=100, replicates=ENOUGH)
+        for s in (1, 1, 2)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert a.to_json() == b.to_json()
+    assert a.to_json() != c.to_json()
+    assert a.settings["rows"] == 100
+
+
+def test_plot_shows_each_statistic_and_the_data(pair, truth):
+    import matplotlib.pyplot as plt
+
+    result = population_predictive(*pair, as_test(truth + 0.5), replicates=ENOUGH)
+    figure = result.plot()
+    assert not plt.get_fignums()
+    shown = {ax.get_title().split("\n")[0]: ax for ax in figure.axes if ax.get_title()}
+    applicable = [r for r in result.statistics if r["verdict"] != "not applicable"]
+    assert set(shown) == {r["statistic"] for r in applicable}
+    for record in applicable:
+        *_, line = shown[record["statistic"]].lines
+        assert list(line.get_xdata()) == [record["observed"]] * 2
+        assert (line.get_color() == "C3") == (record["verdict"] == "fail")
+
+
+def test_plot_of_replicates_that_are_all_the_same(pair, truth):
+    x = truth.clone()
+    x[:5, 0] = 0
+    result = population_predictive(
+        *pair, as_test(x), statistics={"zeros": predictive.zeros}, replicates=50
+    )
+    assert result.plot().axes
+
+
+def test_check_reports_and_saves(pair, truth, tmp_path):
+    report = check(
+        *pair,
+        as_test(truth),
+        seed=2,
+        out=tmp_path,
+        population_predictive={"replicates": ENOUGH},
+        to_arviz={"rows": 5, "draws": 6},
+    )
+    assert report.passed
+    assert [r.name for r in report.results] == ["population_predictive"]
+    assert report.idata["posterior"].sizes["draw"] == 6
+    assert report.idata["population_predictive"].sizes["draw"] == ENOUGH
+    saved = json.loads((tmp_path / "check.json").read_text())
+    assert saved == report.to_json()
+    assert saved["checks"][0]["error_rate"] == 0.05
+    assert saved["settings"]["seed"] == 2
+    with xarray.open_datatree(tmp_path / "idata.nc", engine="h5netcdf") as back:
+        assert back.identical(report.idata)
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
+        "check.json",
+        "idata.nc",
+        "population_predictive.png",
+    }
+    assert "population_predictive: pass" in str(report)
+
+
+def test_a_failed_save_leaves_the_earlier_report(pair, truth, tmp_path, monkeypatch):
+    options = {"population_predictive": {"replicates": ENOUGH}, "to_arviz": {"rows": 5, "draws": 2}}
+    report = check(*pair, as_test(truth), out=tmp_path, **options)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def half(self, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(xarray.DataTree, "to_netcdf", half)
+    with pytest.raises(OSError, match="disk full"):
+        report.save(tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_unknown_checks_are_refused(pair, truth):
+    with pytest.raises(ValueError, match="no check 'sbc', only population_predictive"):
+        check(*pair, as_test(truth), only=["sbc"])
+    with pytest.raises(ValueError, match="no check 'predictiv'"):
+        check(*pair, as_test(truth), predictiv={})
