@@ -40,7 +40,7 @@ class FullRank(AmortizedGuide):
 
     def parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Location ``(..., U)`` and Cholesky factor ``(..., U, U)`` from the features."""
-        loc, diagonal, below = self.head(features).split(self.splits, -1)
+        loc, diagonal, below = self.head(features).to(features.dtype).split(self.splits, -1)
         rows, columns = torch.tril_indices(self.size, self.size, offset=-1)
         factor = torch.diag_embed(positive(diagonal))
         factor[..., rows, columns] = below

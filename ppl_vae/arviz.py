@@ -147,14 +147,16 @@ def posterior_nodes(
             for s in sites.values()
             if s.enumerated and not s.observed and s.name not in nodes
         ]
-        if enumerated:
+        if any(sites[name].event_shape for name in enumerated):
+            with particles:
+                nodes |= _enumerate(model, nodes, columns, enumerated, temperature)
+        elif enumerated:
             inferred = infer_discrete(
                 particles(poutine.replay(model, trace=guide_trace)),
                 first_available_dim=-2 - nesting,
                 temperature=temperature,
             )
-            inferred_trace = poutine.trace(inferred).get_trace(**columns)
-            inferred_nodes = dict(sample_nodes(inferred_trace))
+            inferred_nodes = dict(sample_nodes(poutine.trace(inferred).get_trace(**columns)))
             nodes |= {name: inferred_nodes[name] for name in enumerated}
     return nodes, nesting
 
@@ -172,6 +174,49 @@ def versions() -> dict[str, str]:
     """Versions of what draws and numbers depend on, by import name."""
     names = {"ppl_vae": "ppl-vae", "torch": "torch", "pyro": "pyro-ppl", "arviz_base": "arviz-base"}
     return {name: version(package) for name, package in names.items()}
+
+
+def _enumerate(
+    model: GenerativeModel,
+    nodes: Mapping[str, dict[str, Any]],
+    columns: Mapping[str, Tensor],
+    names: list[str],
+    temperature: int,
+) -> dict[str, dict[str, Any]]:
+    """Draws of enumerated sites from their exact posterior, by trying every combination.
+
+    Pyro's ``infer_discrete`` (1.9.2) does the same without trying all, but cannot gather values
+    with event dims, such as one-hot labels.
+    """
+    values = {name: node["value"] for name, node in nodes.items()}
+    given = poutine.condition(model, data=values)
+    found = dict(sample_nodes(poutine.trace(given).get_trace(**columns)))
+    supports = {name: found[name]["fn"].enumerate_support(expand=False) for name in names}
+    choices = list(itertools.product(*(range(len(supports[name])) for name in names)))
+    scores: list[Tensor] = []
+    for choice in choices:
+        tried = {
+            name: supports[name][k].expand(found[name]["fn"].shape())
+            for name, k in zip(names, choice, strict=True)
+        }
+        trace = poutine.trace(poutine.condition(given, data=tried)).get_trace(**columns)
+        terms = [
+            node["fn"].log_prob(node["value"])
+            for _, node in sample_nodes(trace)
+            if any(frame.name == ROWS for frame in node["cond_indep_stack"])
+        ]
+        scores.append(torch.stack(torch.broadcast_tensors(*terms)).sum(0))
+    logits = torch.stack(scores, -1)  # (draws, rows, choices)
+    if temperature == 0:
+        chosen = logits.argmax(-1)
+    else:
+        chosen = torch.distributions.Categorical(logits=logits).sample()
+    index = torch.tensor(choices, device=chosen.device)[chosen]  # (draws, rows, sites)
+    return {
+        name: found[name]
+        | {"value": supports[name].flatten(1, -1 - found[name]["fn"].event_dim)[index[..., k], 0]}
+        for k, name in enumerate(names)
+    }
 
 
 _ORDER = ("posterior", "posterior_predictive", "prior", "prior_predictive", "observed_data")

@@ -136,6 +136,7 @@ def fit(
         quiet: show no progress.
     """
     from ppl_vae import recipes
+    from ppl_vae.gallery import save_gallery
 
     options: dict[str, Any] = {
         "epochs": epochs,
@@ -166,8 +167,9 @@ def fit(
         fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed, **options)
     else:
         raise ValueError("give a RECIPE (ppl-vae list names them), or --resume DIR")
-    _save_figures(fitted)
     assert fitted.run is not None
+    for name, reason in save_gallery(fitted, fitted.run.folder / "figures").items():
+        print(f"no picture {name}: {reason}", file=sys.stderr)
     print(fitted.run.folder)
 
 
@@ -346,10 +348,3 @@ def _load(run: Path, device: Device) -> Fitted:
     fitted.model.to(torch_device(device))
     fitted.guide.to(torch_device(device))
     return fitted
-
-
-def _save_figures(fitted: Fitted) -> None:
-    from ppl_vae import plots
-
-    assert fitted.run is not None
-    plots.save_figures(fitted, fitted.run.folder / "figures")

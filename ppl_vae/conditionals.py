@@ -33,7 +33,9 @@ class Conditional(nn.Module, ABC):
         self.net = net
 
     def forward(self, *context: Tensor) -> TorchDistribution:
-        return self.distribution(self.net(join(*context)))
+        joined = join(*context)
+        # Under autocast a net answers in bfloat16, too coarse for a density.
+        return self.distribution(self.net(joined).to(joined.dtype))
 
     @abstractmethod
     def distribution(self, parameters: Tensor) -> TorchDistribution:

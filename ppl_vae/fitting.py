@@ -125,7 +125,9 @@ def fit(
         torch.manual_seed(seed)
         example = model.observed(train.batch(slice(0, batch_size), fabric.device, dtype))
         check_pair(model, guide, **example, total=len(train))
-        training = Training(objective or plain_elbo(model, guide, **example), len(train))
+        training = Training(
+            objective or plain_elbo(model, guide, **example), len(train), fabric.autocast
+        )
         held = parameters(model, guide)
         if not held:
             raise ValueError(f"{type(model).__name__} and its guide have nothing to learn")
@@ -136,9 +138,7 @@ def fit(
             training=training,
             optimizer=optim,
             scheduler=_scheduler(schedule, optim, epochs),
-            svi=SVI(
-                model, guide, optim, training, max_grad_norm=max_grad_norm, autocast=fabric.autocast
-            ),
+            svi=SVI(model, guide, optim, training, max_grad_norm=max_grad_norm),
             train=train,
             validation=validation,
             device=fabric.device,

@@ -157,7 +157,8 @@ class AmortizedGuide(Program):
                 f"{type(self).__name__} was built on {', '.join(self.context)}; "
                 f"{missing[0]!r} is missing"
             )
-        return self.encoder(join(*(given[name] for name in self.context)))
+        joined = join(*(given[name] for name in self.context))
+        return self.encoder(joined).to(joined.dtype)
 
     @abstractmethod
     def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:

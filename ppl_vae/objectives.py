@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,13 +23,42 @@ from ppl_vae.sites import aside, paired_traces, sample_nodes
 
 
 class Objective(Protocol):
-    """What SVI minimizes: any ``pyro.infer.ELBO``, or whatever computes a loss like one."""
+    """What SVI minimizes: any ``pyro.infer.ELBO``, or whatever computes a loss like one.
 
-    def differentiable_loss(
+    Losses are nats of all rows that the batch stands for.
+    """
+
+    def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """The loss, a tensor ``()``: nats of all rows that the batch stands for."""
+        """The loss as a number."""
         ...
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The loss as a number; its gradients are added to those of the parameters."""
+        ...
+
+
+def backward(
+    objective: Objective,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run an objective forward and backward; returns the loss as a number.
+
+    Pyro's ``loss_and_grads`` skip the backward pass of a program without parameter statements,
+    whose tensors may well need gradients; so ``differentiable_loss`` is taken where there is one.
+    """
+    differentiable_loss = getattr(objective, "differentiable_loss", None)
+    if differentiable_loss is None:
+        return objective.loss_and_grads(model, guide, *args, **kwargs)
+    loss = differentiable_loss(model, guide, *args, **kwargs)
+    loss.backward()
+    return loss.item()
 
 
 def plain_elbo(
@@ -133,37 +163,68 @@ class Training:
 
     Args:
         objective: the estimator that is optimized.
-        total: size of the data set, by which the objective's loss is divided.
+        total: size of the data set; log-probabilities are divided by it.
+        autocast: gives a context for the programs' runs, such as Fabric's ``autocast``; densities
+            are taken outside it, in full precision.
     """
 
-    def __init__(self, objective: Objective, total: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        total: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.objective = objective
         self.total = total
+        self.autocast = autocast
         self.weight = 1.0
         self.terms: Terms | None = None
 
-    def differentiable_loss(
+    def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        watch = _Watch()
-        anneal = _LatentScale(self.weight)
-        loss = self.objective.differentiable_loss(
-            watch.of_model(anneal(model)), watch.of_guide(anneal(guide)), *args, **kwargs
+    ) -> float:
+        return self._run(backward, model, guide, *args, **kwargs)
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        def loss(objective: Objective, *args: Any, **kwargs: Any) -> Any:
+            return objective.loss(*args, **kwargs)
+
+        return self._run(loss, model, guide, *args, **kwargs)
+
+    def _run(
+        self,
+        how: Callable[..., Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> float:
+        watch = _Watch(self.autocast)
+        scale = _Scale(observed=1 / self.total, latent=self.weight / self.total)
+        loss = how(
+            self.objective,
+            watch.of_model(scale(model)),
+            watch.of_guide(scale(guide)),
+            *args,
+            **kwargs,
         )
         self.terms = watch.terms(self.total)
-        return loss / self.total
+        return loss
 
 
-class _LatentScale(Messenger):
-    """Weights the log-probability of each latent site."""
+class _Scale(Messenger):
+    """Weights the log-probabilities of observed and of latent sites."""
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, observed: float, latent: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.observed = observed
+        self.latent = latent
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not (msg["is_observed"] or site_is_subsample(msg)):
-            msg["scale"] = msg["scale"] * self.weight
+        if not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * (self.observed if msg["is_observed"] else self.latent)
 
 
 class _Watch:
@@ -173,7 +234,8 @@ class _Watch:
     once more, without gradients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.autocast = autocast
         self.runs = 0
         self.enumerated = False
         self.observed: Tensor | float = 0.0
@@ -182,14 +244,14 @@ class _Watch:
     def of_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.runs += 1
-            with _Listen(self._hear_model):
+            with _Listen(self._hear_model), self.autocast():
                 return model(*args, **kwargs)
 
         return watched
 
     def of_guide(self, guide: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with _Listen(self._hear_guide):
+            with _Listen(self._hear_guide), self.autocast():
                 return guide(*args, **kwargs)
 
         return watched
@@ -231,7 +293,7 @@ def log_prob_sum(node: Any) -> Tensor:
             log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
         scale = 1.0
         for frame in node["cond_indep_stack"]:
-            if frame.full_size is None or frame.name == _PARTICLES:
+            if frame.name == _PARTICLES:
                 scale /= frame.size
             elif frame.full_size != frame.size:
                 scale *= frame.full_size / frame.size

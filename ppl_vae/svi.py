@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,7 +13,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ppl_vae.model import own_parameters
-from ppl_vae.objectives import Objective
+from ppl_vae.objectives import Objective, backward
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -33,7 +33,6 @@ class SVI:
         loss: the objective.
         max_grad_norm: gradients longer than this are shortened to it (torch optimizers only;
             a ``PyroOptim`` has ``clip_args``).
-        autocast: gives a context for the forward pass, such as Fabric's ``autocast``.
 
     Raises:
         TypeError: an optimizer of neither kind, or ``max_grad_norm`` with a ``PyroOptim``.
@@ -47,7 +46,6 @@ class SVI:
         loss: Objective,
         *,
         max_grad_norm: float | None = None,
-        autocast: Callable[[], Any] = nullcontext,
     ) -> None:
         if not isinstance(optim, torch.optim.Optimizer | PyroOptim):
             raise TypeError(
@@ -60,9 +58,8 @@ class SVI:
             )
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.max_grad_norm = max_grad_norm
-        self.autocast = autocast
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step; arguments go to model and guide. Returns the loss.
 
         Raises:
@@ -71,32 +68,29 @@ class SVI:
         with own_parameters(self.model, self.guide):
             if isinstance(self.optim, PyroOptim):
                 with poutine.trace(param_only=True) as capture:
-                    loss = self._finite_loss(*args, **kwargs)
-                loss.backward()
+                    loss = self._backward(*args, **kwargs)
                 used = {_unconstrained(node) for node in capture.trace.nodes.values()}
                 self.optim(list(used))
                 zero_grads(used)
             else:
-                loss = self._finite_loss(*args, **kwargs)
                 self.optim.zero_grad()
-                loss.backward()
+                loss = self._backward(*args, **kwargs)
                 if self.max_grad_norm is not None:
                     held = [p for group in self.optim.param_groups for p in group["params"]]
                     torch.nn.utils.clip_grad_norm_(held, self.max_grad_norm)
                 self.optim.step()
-        return float(loss.detach())
+        return loss
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; arguments go to model and guide."""
-        with torch.no_grad(), own_parameters(self.model, self.guide), self.autocast():
-            return float(self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
+        with torch.no_grad(), own_parameters(self.model, self.guide):
+            return self.loss.loss(self.model, self.guide, *args, **kwargs)
 
-    def _finite_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.autocast():
-            loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise NonFiniteLoss(f"the loss is {float(loss)}")
-        return cast(Tensor, loss)
+    def _backward(self, *args: Any, **kwargs: Any) -> Any:
+        loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
+        if not all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,))):
+            raise NonFiniteLoss(f"the loss is {loss}")
+        return loss
 
 
 def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:

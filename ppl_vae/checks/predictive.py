@@ -14,7 +14,7 @@ from torch import Tensor
 from xarray import Dataset, DataTree
 
 from ppl_vae.arviz import held_out, model_nodes, posterior_nodes
-from ppl_vae.checks.result import CheckResult
+from ppl_vae.checks.result import CheckResult, holm, p_value
 from ppl_vae.evaluation import evaluating
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import check_data, check_pair, read_sites
@@ -52,8 +52,8 @@ STATISTICS: Mapping[str, Statistic] = {
     "largest row total": lambda x: x.sum(1).max(),
     "neighbor correlation": neighbor_correlation,
 }
-"""What is compared by default. Totals are sums over a row; all but the last two have x's unit or
-none."""
+"""What is compared by default. Totals are sums over a row; the fraction and the correlation have
+no unit, the others that of x."""
 
 
 def population_predictive(
@@ -147,30 +147,6 @@ def population_predictive(
         groups=_groups(list(statistics), observed, replicated),
         draw=_figure,
     )
-
-
-def p_value(observed: float, replicated: np.ndarray) -> tuple[float, float]:
-    """Two-sided p-value, valid for any number of replicates, and its Monte Carlo standard error.
-
-    The error says by how much p would vary between seeds; the +1 correction already keeps the
-    error rate of the test below its level.
-    """
-    n = len(replicated)
-    low = (1 + int((replicated <= observed).sum())) / (n + 1)
-    high = (1 + int((replicated >= observed).sum())) / (n + 1)
-    one_sided = min(low, high)
-    return min(1.0, 2 * one_sided), 2 * math.sqrt(one_sided * (1 - one_sided) / n)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted by Holm's step-down method (1979), in the order given."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    adjusted = [0.0] * len(p)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def _check_settings(
@@ -317,9 +293,10 @@ def _groups(
 
 def _figure(result: CheckResult) -> Figure:
     """Each statistic's distribution over replicates, and a line at the held-out data's."""
-    # Both take seconds to import, which only those who plot pay.
+    # These take seconds to import, which only those who plot pay.
     import arviz_plots
     import matplotlib.pyplot as plt
+    from arviz_plots.plot_collection import PlotCollection
 
     shown = {
         record["statistic"]: record
@@ -329,7 +306,7 @@ def _figure(result: CheckResult) -> Figure:
     columns = min(4, len(shown))
     lines = math.ceil(len(shown) / columns)
     replicated = result.groups["population_predictive"][list(shown)]
-    collection = arviz_plots.PlotCollection.wrap(
+    collection = PlotCollection.wrap(
         replicated,
         cols=["__variable__"],
         col_wrap=columns,
