@@ -18,9 +18,8 @@ from pyro.infer import infer_discrete
 from torch import Tensor
 
 from ppl_vae.data import as_dataset
-from ppl_vae.evaluation import evaluating
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters
-from ppl_vae.sites import check_data, check_pair, read_sites, sample_nodes
+from ppl_vae.sites import check_data, check_pair, evaluating, read_sites, sample_nodes
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -69,7 +68,7 @@ def to_arviz(
 
     if rows < 1 or draws < 1:
         raise ValueError(f"to_arviz(rows={rows}, draws={draws}): expected at least 1 of each")
-    with evaluating(model, guide, seed):
+    with evaluating(seed, model, guide):
         chosen, columns = held_out(model, data, split=split, rows=rows, seed=seed)
         check_data(model, [columns])
         check_pair(model, guide, **columns)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppl_vae.data import Rows, as_dataset
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters
 from ppl_vae.objectives import Terms
-from ppl_vae.sites import aside, check_pair, paired_traces, read_sites, sample_nodes
+from ppl_vae.sites import check_pair, evaluating, paired_traces, read_sites, sample_nodes
 
 
 @dataclass(frozen=True)
@@ -92,40 +90,29 @@ def evaluate(
         raise ValueError(f"evaluate(samples={samples}, memory={memory}): expected at least 1")
     dataset = as_dataset(data)
     rows = dataset.split(split)
-    parts: list[dict[_Key, Tensor]] = []
-    with evaluating(model, guide, seed):
+    with evaluating(seed, model, guide):
         probe = _batch(model, rows, slice(0, 4))
         check_pair(model, guide, **probe)
         sites = read_sites(model, **probe)
         capacity = max(1, memory * 2**20 // _bytes_per_draw(model, guide, probe))
-        draws = min(samples, capacity)
-        step = max(1, capacity // draws)
-        for start in range(0, len(rows), step):
-            batch = _batch(model, rows, slice(start, start + step))
-            parts.append(_means_over_draws(model, guide, batch, samples, draws))
-    columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-    # A global site's column has one entry a part, not one a row: its share falls to all rows.
-    kl = {site: columns["kl", site].mean() for kind, site in columns if kind == "kl"}
-    for site in kl:
-        if ("local", site) not in columns:
-            kl[site] = kl[site] / len(rows)
+        columns = _columns(model, guide, rows, samples, capacity)
+    kl = _kl_per_site(columns)
     elbo, evidence = columns["elbo", ""], columns["log evidence", ""]
-    global_kl = sum(float(v) for site, v in kl.items() if ("local", site) not in columns)
-    nll = -float(evidence.mean())
+    reconstruction = columns["reconstruction", ""].mean().item()
+    nll = -evidence.mean().item()
     dims = sum(x[0].numel() for x in probe.values())
     # A density has a unit, a probability has none.
     discrete = all(s.support.is_discrete for s in sites.values() if s.observed)
     unit = 1.0 if discrete else dataset.unit
     return Evaluation(
-        elbo=float(elbo.mean()) - global_kl,
+        elbo=reconstruction - sum(kl.values()),
         elbo_se=_standard_error(elbo),
-        reconstruction=float(columns["reconstruction", ""].mean()),
-        kl=float(sum(kl.values())),
+        reconstruction=reconstruction,
+        kl=sum(kl.values()),
         nll=nll,
         nll_se=_standard_error(evidence),
         bits_per_dim=nll / dims / math.log(2) + math.log2(unit),
-        kl_per_site={site: float(v) for site, v in kl.items()},
+        kl_per_site=kl,
         kl_per_latent={
             site: columns[kind, site].mean(0).tolist()
             for kind, site in columns
@@ -145,37 +132,42 @@ def evaluate(
 
 def mean_elbo(model: GenerativeModel, guide: torch.nn.Module, rows: Rows, *, seed: int) -> Terms:
     """The ELBO of a whole split, in nats per datum, from one draw a row."""
-    with evaluating(model, guide, seed):
-        parts: list[dict[_Key, Tensor]] = []
-        for start in range(0, len(rows), 1000):
-            batch = _batch(model, rows, slice(start, start + 1000))
-            parts.append(_figures(model, guide, batch, draws=1))
-    reconstruction = torch.cat([part["reconstruction", ""] for part in parts], 1).mean()
-    kl = torch.zeros((), dtype=torch.float64)
-    for kind, site in parts[0]:
-        if kind == "kl":
-            column = torch.cat([part[kind, site] for part in parts], 1).mean()
-            kl = kl + (column if ("local", site) in parts[0] else column / len(rows))
-    return Terms(reconstruction, kl)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module, guide: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, no validation, a random state of its own; all undone."""
-    modes = {module: module.training for root in (model, guide) for module in root.modules()}
-    model.eval()
-    guide.eval()
-    try:
-        with torch.no_grad(), aside(), pyro.validation_enabled(False):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(seed, model, guide):
+        columns = _columns(model, guide, rows, samples=1, capacity=1000)
+    kl = sum(_kl_per_site(columns).values())
+    return Terms(columns["reconstruction", ""].mean(), torch.tensor(kl))
 
 
 _Key = tuple[str, str]
 """A figure and the site it belongs to ("" for all together)."""
+
+
+def _columns(
+    model: GenerativeModel, guide: torch.nn.Module, rows: Rows, samples: int, capacity: int
+) -> dict[_Key, Tensor]:
+    """Figures of every row, ``(rows, ...)``, means over ``samples`` draws; a global site's stand
+    at each row of a part alike. At most ``capacity`` draws of rows are made at once."""
+    draws = min(samples, capacity)
+    step = max(1, capacity // draws)
+    columns: dict[_Key, Tensor] = {}
+    for start in range(0, len(rows), step):
+        batch = _batch(model, rows, slice(start, start + step))
+        for key, value in _means_over_draws(model, guide, batch, samples, draws).items():
+            if key not in columns:
+                # All at once: small results allocated between large intermediate ones would
+                # keep the allocator from using the same memory again for the next part.
+                columns[key] = torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
+            columns[key][start : start + step] = value
+    return columns
+
+
+def _kl_per_site(columns: dict[_Key, Tensor]) -> dict[str, float]:
+    """Nats per datum; the KL of a global site is shared by the rows."""
+    kl: dict[str, float] = {}
+    for (kind, site), column in columns.items():
+        if kind in ("kl", "global kl"):
+            kl[site] = column.mean().item() / (len(column) if kind == "global kl" else 1)
+    return kl
 
 
 def _figures(
@@ -186,6 +178,12 @@ def _figures(
     with own_parameters(model, guide):
         model_trace, guide_trace = paired_traces(particles(model), particles(guide), **batch)
     drawn = dict(sample_nodes(guide_trace))
+    # An autoguide draws a site through an auxiliary one, whose density is part of the site's q.
+    auxiliary = {
+        name.removesuffix("_unconstrained"): node["fn"].log_prob(node["value"]).double()
+        for name, node in drawn.items()
+        if node["infer"].get("is_auxiliary")
+    }
     reconstruction: Tensor | float = 0.0
     elbo: Tensor | float = 0.0
     figures: dict[_Key, Tensor] = {}
@@ -195,14 +193,17 @@ def _figures(
             reconstruction = reconstruction + log_p
             continue
         q = drawn[name]["fn"]
-        kl = figures["kl", name] = q.log_prob(node["value"]).double() - log_p
+        log_q = q.log_prob(node["value"]).double() + auxiliary.get(name, 0.0)
+        kl = log_q - log_p
         if (closed := _kl_per_latent(q, node["fn"])) is not None:
             figures["kl per latent", name] = closed.double()
-        if any(frame.name == ROWS for frame in node["cond_indep_stack"]):
-            figures["local", name] = torch.ones_like(kl)
-            elbo = elbo - kl
-            if not q.support.is_discrete:
-                figures["posterior mean", name] = _posterior_mean(q, node["value"]).double()
+        if not any(frame.name == ROWS for frame in node["cond_indep_stack"]):
+            figures["global kl", name] = kl
+            continue
+        figures["kl", name] = kl
+        elbo = elbo - kl
+        if not q.support.is_discrete:
+            figures["posterior mean", name] = _posterior_mean(q, node["value"]).double()
     figures["reconstruction", ""] = torch.as_tensor(reconstruction)
     figures["elbo", ""] = elbo + figures["reconstruction", ""]
     return figures

@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, biject_to, constraints
 
 from ppl_vae.arviz import example, laid_out, model_nodes, posterior_nodes
-from ppl_vae.evaluation import evaluating
 from ppl_vae.model import GenerativeModel
-from ppl_vae.sites import Site, read_sites
+from ppl_vae.sites import Site, evaluating, read_sites
 
 ImageShape = tuple[int, int, int]
 Limits = tuple[float, float]
@@ -51,7 +50,7 @@ def samples(
     """
     if n < 1:
         raise ValueError(f"samples(n={n}): expected at least 1")
-    with evaluating(model, model, seed):
+    with evaluating(seed, model):
         shown = _site(model, site)
         node = model_nodes(model, {}, rows=n)[site]
         values = node["value"] if draw else _mean(node["fn"], site)
@@ -80,7 +79,7 @@ def reconstructions(
     Raises:
         ValueError: an unknown site, a shape that does not fit, or a likelihood without a mean.
     """
-    with evaluating(model, guide, 0):
+    with evaluating(0, model, guide):
         shown = _site(model, site)
         centers, x = _centers(model, guide, x, site)
         means = _decode(model, centers, site)
@@ -127,7 +126,7 @@ def interpolation(
         raise ValueError(f"interpolation: {len(x)} rows; expected pairs, an even number")
     if steps < 2:
         raise ValueError(f"interpolation(steps={steps}): expected at least 2")
-    with evaluating(model, guide, 0):
+    with evaluating(0, model, guide):
         shown = _site(model, site)
         centers, x = _centers(model, guide, x, site)
         sites = read_sites(model, n=2)
@@ -192,7 +191,7 @@ def traversal(
         raise ValueError(
             f"traversal: {len(x)} rows, units={units}, steps={steps}; expected at least 1 of each"
         )
-    with evaluating(model, guide, 0):
+    with evaluating(0, model, guide):
         shown = _site(model, site)
         moved = _latent(model, latent, site)
         centers, x = _centers(model, guide, x, site)
@@ -252,7 +251,7 @@ def manifold(
         raise ValueError(f"manifold(n={n}): expected at least 2")
     if image_shape is None:
         raise ValueError("manifold draws images: give image_shape=(channels, height, width)")
-    with evaluating(model, model, 0):
+    with evaluating(0, model):
         shown = _site(model, site)
         moved = _latent(model, latent, site)
         if moved.event_shape.numel() != 2:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
@@ -167,6 +168,21 @@ def aside() -> Iterator[None]:
     """Do something random without moving torch's random state (CPU and CUDA)."""
     with torch.random.fork_rng():
         yield
+
+
+@contextmanager
+def evaluating(seed: int, *programs: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no validation, a random state of its own; all undone."""
+    modes = {module: module.training for program in programs for module in program.modules()}
+    for program in programs:
+        program.eval()
+    try:
+        with torch.no_grad(), aside(), pyro.validation_enabled(False):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _trace_aside(

@@ -15,9 +15,8 @@ from xarray import Dataset, DataTree
 
 from ppl_vae.arviz import held_out, model_nodes, posterior_nodes
 from ppl_vae.checks.result import CheckResult, holm, p_value
-from ppl_vae.evaluation import evaluating
 from ppl_vae.model import GenerativeModel
-from ppl_vae.sites import check_data, check_pair, read_sites
+from ppl_vae.sites import check_data, check_pair, evaluating, read_sites
 
 Statistic = Callable[[Tensor], Tensor | float]
 """A number of a data set ``(rows, D)``, in float64."""
@@ -108,7 +107,7 @@ def population_predictive(
             f"{type(model).__name__} has no observable {site!r}, only "
             f"{', '.join(model.observables)}: choose with site="
         )
-    with evaluating(model, guide, seed):
+    with evaluating(seed, model, guide):
         _, columns = held_out(model, data, split=split, rows=rows, seed=seed)
         if site not in columns:
             raise ValueError(f"the data have no column {site!r}")

@@ -6,18 +6,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from ppl_vae.guides.mean_field import MeanField
-from ppl_vae.models._template import Template
-from ppl_vae.models.ppca import PPCA
-from ppl_vae.models.vae import VAE
 from pyro import poutine
 
 import ppl_vae.arviz
 from ppl_vae.arviz import to_arviz
-from ppl_vae.evaluation import evaluating
+from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.model import GenerativeModel, Program
+from ppl_vae.models._template import Template
+from ppl_vae.models.ppca import PPCA
+from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP
-from ppl_vae.sites import PairError
+from ppl_vae.sites import PairError, evaluating
 
 
 class ExactPPCA(Program):
@@ -87,7 +86,7 @@ def test_groups_dims_and_dtypes(template):
 def test_posterior_equals_a_direct_run(template):
     model, guide, data = template
     tree = to_arviz(model, guide, data, rows=60, draws=5, seed=3)
-    with evaluating(model, guide, 3):
+    with evaluating(3, model, guide):
         trace = poutine.trace(pyro.plate("particles", 5, dim=-2)(guide)).get_trace(x=data["test"])
     np.testing.assert_array_equal(tree["posterior"]["z"][0], trace.nodes["z"]["value"])
     np.testing.assert_array_equal(tree["posterior"]["w"][0], trace.nodes["w"]["value"][:, 0])
@@ -138,6 +137,39 @@ def test_enumerated_sites_are_drawn_from_their_posterior():
     # The predictive draws follow from the same y, not from one drawn anew.
     residual = tree["posterior_predictive"]["x"].values[0] - z.numpy() - 3 * y.values[0][..., None]
     assert abs(residual.mean()) < 5 / np.sqrt(residual.size)
+    assert residual.std() == pytest.approx(1, abs=0.05)
+
+
+class OneHot(GenerativeModel):
+    """Shifted, with a one-hot label of three classes: x ~ Normal(z + 3 k, 1)."""
+
+    def forward(self, x=None, *, n=None, total=None):
+        with self.rows(x, n=n, total=total):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            label = dist.OneHotCategorical(torch.tensor([0.5, 0.3, 0.2]))
+            y = pyro.sample("y", label, infer={"enumerate": "parallel"})
+            loc = z + 3 * (y * torch.arange(3.0)).sum(-1, keepdim=True)
+            return pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    @classmethod
+    def toy(cls):
+        return cls()
+
+
+def test_one_hot_labels_that_are_enumerated():
+    tree = to_arviz(*pair(OneHot()), rows=10, draws=3000)
+    y = tree["posterior"]["y"]
+    assert dict(y.sizes) == {"chain": 1, "draw": 3000, "row": 10, "y_dim": 3}
+    x = torch.as_tensor(tree["observed_data"]["x"].values)
+    z = torch.as_tensor(tree["posterior"]["z"].values[0])
+    log_p = torch.tensor([0.5, 0.3, 0.2]).log() + dist.Normal(
+        z + 3 * torch.arange(3.0), 1.0
+    ).log_prob(x)
+    exact = log_p.softmax(-1).mean(0).numpy()
+    assert exact.max() - exact.min() > 0.3
+    np.testing.assert_allclose(y[0].mean("draw"), exact, atol=5 * 0.5 / np.sqrt(3000))
+    loc = z.numpy()[..., 0] + 3 * y.values[0] @ np.arange(3)
+    residual = tree["posterior_predictive"]["x"].values[0, ..., 0] - loc
     assert residual.std() == pytest.approx(1, abs=0.05)
 
 

@@ -7,19 +7,19 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from ppl_vae.guides.full_rank import FullRank
-from ppl_vae.guides.mean_field import MeanField
-from ppl_vae.models._template import Template
-from ppl_vae.models.vae import VAE
 from torch import nn
 
 from ppl_vae import plots
-from ppl_vae.evaluation import evaluating
 from ppl_vae.guide import Factorized
+from ppl_vae.guides.full_rank import FullRank
+from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli, Gaussian
 from ppl_vae.model import GenerativeModel
+from ppl_vae.models._template import Template
+from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP
 from ppl_vae.priors import StandardNormal
+from ppl_vae.sites import evaluating
 
 SHAPE = (1, 2, 2)
 
@@ -151,7 +151,7 @@ def test_manifold_runs_right_and_up():
 
 def test_samples_show_means_or_draws():
     model = image_model()
-    with evaluating(model, model, 7):
+    with evaluating(7, model):
         z = pyro.poutine.trace(model).get_trace(n=5).nodes["z"]["value"]
     means = torch.stack([z[:, 0], z[:, 1], z.sum(1), 0 * z[:, 0]], 1).numpy()
     canvas = drawn(plots.samples(model, SHAPE, n=5, seed=7))
@@ -214,7 +214,7 @@ def test_global_latents_and_bounded_supports():
         assert np.isfinite(drawn(figure)).all()
     # Gamma(2, 1) has no quantile function in torch: draws stand in.
     given = plots._latent(model, "z", "x")
-    with evaluating(model, guide, 0):
+    with evaluating(0, model, guide):
         found = plots._quantiles(model, {}, given, torch.tensor([0.1, 0.5, 0.9]))
     np.testing.assert_allclose(found[:, 0], scipy.stats.gamma(2).ppf([0.1, 0.5, 0.9]), rtol=0.08)
 

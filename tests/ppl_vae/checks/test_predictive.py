@@ -13,7 +13,7 @@ from ppl_vae.models.ppca import PPCA
 
 import ppl_vae.checks.predictive as predictive
 from ppl_vae.checks import CheckResult, check, population_predictive
-from ppl_vae.checks.predictive import holm, p_value
+from ppl_vae.checks.result import holm, p_value
 from ppl_vae.nn import MLP
 
 ENOUGH = 300  # replicates with which seven statistics can fail at 0.05

@@ -1,0 +1,276 @@
+"""What every model, every guide and every pair of them must do: one suite over all discovered.
+
+A new file in ``models/`` or ``guides/`` is in it without a line here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from itertools import product
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive, Trace_ELBO
+from torch import Tensor, nn
+
+from ppl_vae import zoo
+from ppl_vae.guide import AmortizedGuide, Factorized
+from ppl_vae.loop import load_weights, weights
+from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
+from ppl_vae.models._template import Template
+from ppl_vae.nn import MLP
+from ppl_vae.objectives import backward, plain_elbo
+from ppl_vae.sites import PairError, check_pair, paired_traces, read_sites
+
+MODELS: dict[str, type[GenerativeModel]] = {**zoo.models(), "Template": Template}
+GUIDES = zoo.guides()
+PAIRS = list(product(MODELS, GUIDES))
+N = 6  # rows
+
+model_names = pytest.mark.parametrize("name", MODELS)
+pairs = pytest.mark.parametrize(("model_name", "guide_name"), PAIRS)
+
+Pair = tuple[GenerativeModel, AmortizedGuide, dict[str, Tensor]]
+
+
+def build(model_name: str, guide_name: str) -> Pair:
+    """A toy pair in float64, with data that the model itself emitted."""
+    torch.manual_seed(0)
+    model = MODELS[model_name].toy().double()
+    data = model.observed(model.simulate(N))
+    width = sum(x.shape[-1] for x in data.values())
+    guide = GUIDES[guide_name](model, MLP(width, 8, 7).double(), **data)
+    return model, guide.double(), data
+
+
+def log_joint(model: GenerativeModel, values: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    with own_parameters(model):
+        trace = poutine.trace(poutine.condition(model, values)).get_trace(**kwargs)
+    return trace.log_prob_sum()
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+@model_names
+def test_story_says_which_plates_and_shapes_the_sites_have(name: str) -> None:
+    model = MODELS[name].toy()
+    story = re.findall(
+        r"^ +(\w+?)(_n)? +~ [^#]+# +\S[^|]*?(\w+)? *\| *([^\n]*)$",
+        inspect.getdoc(model) or "",
+        re.M,
+    )
+    sites = read_sites(model, n=N)
+    assert [line[0] for line in story] == list(sites), "one line a site, in the order of sampling"
+    sizes: dict[str, int] = {}
+    for site_name, index, plate, symbols in story:
+        site = sites[site_name]
+        assert site.plates == ((ROWS,) if index else ())
+        assert (plate == ROWS) == bool(index)
+        event = [s.strip() for s in symbols.split(",") if s.strip()]
+        assert len(event) == len(site.event_shape), site_name
+        for symbol, size in zip(event, site.event_shape, strict=True):
+            expected = int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, size)
+            assert size == expected, f"{symbol} of {site_name}"
+
+
+@model_names
+def test_each_site_has_a_method_that_returns_its_distribution(name: str) -> None:
+    model = MODELS[name].toy()
+    with own_parameters(model):
+        trace = poutine.trace(model).get_trace(n=N)
+    nodes = dict(sample_nodes(trace))
+    for site_name, node in nodes.items():
+        method = getattr(model, f"{site_name}_dist")
+        given = [nodes[parent]["value"] for parent in inspect.signature(method).parameters]
+        torch.testing.assert_close(
+            method(*given).log_prob(node["value"]), node["fn"].log_prob(node["value"])
+        )
+
+
+@model_names
+def test_observables_are_sites_and_simulate_draws_them(name: str) -> None:
+    model = MODELS[name].toy()
+    draws = model.simulate(N)
+    sites = read_sites(model, n=N)
+    assert set(model.observables) <= set(draws)
+    for site_name, site in sites.items():
+        expected = ((N,) if site.local else ()) + tuple(site.event_shape)
+        assert tuple(draws[site_name].shape) == expected
+        assert site.support.check(draws[site_name]).all()
+
+
+@model_names
+def test_batches_scaled_by_total_average_to_the_whole(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name].toy().double()
+    values = model.simulate(N)
+    sites = read_sites(model, n=N)
+    whole = log_joint(model, values, n=N)
+    parts = []
+    for rows in torch.arange(N).split(2):
+        part = {k: v[rows] if sites[k].local else v for k, v in values.items()}
+        parts.append(log_joint(model, part, n=2, total=N))
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+@model_names
+def test_predictive_draws_in_parallel_as_one_by_one(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name].toy().double()
+    sites = read_sites(model, n=N)
+    latent = [s for s in sites if s not in model.observables]
+    runs = [model.simulate(N) for _ in range(3)]
+    # Predictive's samples stand outside the plates: a global site needs a dim for the rows.
+    samples = {
+        s: torch.stack([r[s] if sites[s].local else r[s].unsqueeze(0) for r in runs])
+        for s in latent
+    }
+    with own_parameters(model):
+        together = Predictive(model, samples, parallel=True).get_vectorized_trace(n=N)
+        for i, run in enumerate(runs):
+            alone = poutine.trace(poutine.condition(model, {s: run[s] for s in latent})).get_trace(
+                n=N
+            )
+            for x in model.observables:
+                value = run[x]
+                torch.testing.assert_close(
+                    together.nodes[x]["fn"].log_prob(value).reshape(3, N)[i],
+                    alone.nodes[x]["fn"].log_prob(value),
+                )
+        drawn = Predictive(model, samples, parallel=False)(n=N)
+    for x in model.observables:
+        assert drawn[x].shape == (3, *runs[0][x].shape)
+
+
+# -- pairs -------------------------------------------------------------------------------------
+
+
+@pairs
+def test_pair_fits_together(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    check_pair(model, guide, **data, total=10 * N)
+
+
+@pairs
+def test_every_parameter_gets_a_gradient(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    with own_parameters(model, guide):
+        backward(plain_elbo(model, guide, **data), model, guide, **data)
+    for role, module in (("model", model), ("guide", guide)):
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, f"{role}.{name}"
+            assert parameter.grad.isfinite().all(), f"{role}.{name}"
+            assert parameter.grad.any(), f"{role}.{name}"
+
+
+@pairs
+def test_loss_is_linear_in_total(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    losses = []
+    for total in (N, 2 * N, 3 * N):
+        torch.manual_seed(1)
+        with own_parameters(model, guide):
+            losses.append(Trace_ELBO().loss(model, guide, **data, total=total))
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-10)
+    sites = read_sites(model, **data).values()
+    if all(site.local for site in sites):
+        assert losses[1] == pytest.approx(2 * losses[0], rel=1e-10)
+
+
+@pairs
+def test_vectorized_particles_equal_looped_ones(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    particles = pyro.plate("particles", 4, dim=-2)
+    with own_parameters(model, guide):
+        model_trace, guide_trace = paired_traces(particles(model), particles(guide), **data)
+        drawn = dict(sample_nodes(guide_trace))
+        for i in range(4):
+            values = {}
+            for name, node in drawn.items():
+                local = any(frame.name == ROWS for frame in node["cond_indep_stack"])
+                values[name] = node["value"][i] if local else node["value"][i].squeeze(0)
+            alone = [
+                poutine.trace(poutine.condition(program, values)).get_trace(**data)
+                for program in (model, guide)
+            ]
+            for together, one in zip((model_trace, guide_trace), alone, strict=True):
+                for name, node in sample_nodes(one):
+                    vectorized = together.nodes[name]
+                    torch.testing.assert_close(
+                        vectorized["fn"].log_prob(vectorized["value"])[i].reshape(-1),
+                        node["fn"].log_prob(node["value"]).reshape(-1),
+                    )
+
+
+@pairs
+def test_saved_weights_give_the_same_loss(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    torch.manual_seed(7)
+    other = MODELS[model_name].toy().double()
+    other_guide = GUIDES[guide_name](
+        other, MLP(guide.encoder.inputs, 8, 7).double(), **data
+    ).double()
+    losses = []
+    for before in (True, False):
+        for pair in ((model, guide), (other, other_guide)):
+            torch.manual_seed(1)
+            with own_parameters(*pair):
+                losses.append(Trace_ELBO().loss(*pair, **data))
+        if before:
+            load_weights(other, other_guide, weights(model, guide))
+    assert losses[0] != losses[1], "different weights to begin with"
+    assert losses[0] == losses[2] == losses[3]
+
+
+@pairs
+def test_posterior_is_what_the_guide_draws_from(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    with own_parameters(model, guide):
+        trace = poutine.trace(guide).get_trace(**data)
+    (name,) = guide.local_sites
+    node = trace.nodes[name]
+    torch.testing.assert_close(
+        guide.posterior(**data).log_prob(node["value"]), node["fn"].log_prob(node["value"])
+    )
+
+
+@pairs
+def test_a_guide_without_one_of_the_sites_is_refused(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    for site in (*guide.local_sites, *guide.global_sites):
+        with pytest.raises(PairError, match=f"no site '{site}', which is latent in the model"):
+            check_pair(model, poutine.block(guide, hide=[site]), **data)
+
+
+@model_names
+def test_a_guide_of_another_support_is_refused(name: str) -> None:
+    """A guide on the real line for the positive Gamma; a LogNormal for the real normal."""
+
+    class Elsewhere(nn.Module):
+        def __init__(self, positive: bool, size: int) -> None:
+            super().__init__()
+            self.family = dist.LogNormal if positive else dist.Normal
+            self.size = size
+
+        def forward(self, x: Tensor) -> Any:
+            return self.family(x.new_zeros(len(x), self.size), 1.0).to_event(1)
+
+    torch.manual_seed(0)
+    model = MODELS[name].toy().double()
+    data = model.observed(model.simulate(N))
+    (site,) = (
+        s for s in read_sites(model, **data).values() if s.local and s.name not in model.observables
+    )
+    real = site.support.check(torch.full(site.event_shape, -1.0)).all().item()
+    wrong = Factorized(**{site.name: (Elsewhere(bool(real), site.event_shape[0]), ["x"])})
+    observed = {k: v for k, v in data.items() if k == "x"}
+    # Global sites are not the point here.
+    hidden = [s.name for s in read_sites(model, **data).values() if not s.local]
+    with pytest.raises(PairError, match=r"outside the (model|guide)'s support"):
+        check_pair(poutine.block(model, hide=hidden), wrong, **observed)
