@@ -13,14 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from ppl_vae.names import nearest
-
-if TYPE_CHECKING:
-    from ppl_vae.fitting import Fitted
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -194,9 +191,10 @@ def evaluate(
         json: print JSON.
     """
     from ppl_vae.evaluation import evaluate as evaluate_pair
+    from ppl_vae.recipes import load
     from ppl_vae.run import write_atomically
 
-    fitted = _load(run, device)
+    fitted = load(run, device=device)
     figures = evaluate_pair(
         fitted.model,
         fitted.guide,
@@ -230,8 +228,9 @@ def check(run: Path, seed: int = 0, device: Device = "auto", json: bool = False)
         json: print JSON.
     """
     from ppl_vae.checks import check as check_pair
+    from ppl_vae.recipes import load
 
-    fitted = _load(run, device)
+    fitted = load(run, device=device)
     report = check_pair(fitted.model, fitted.guide, fitted.data, seed=seed)
     report.save(run / "report")
     if json:
@@ -254,9 +253,10 @@ def sample(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> No
     import torch
 
     from ppl_vae import plots
+    from ppl_vae.recipes import load
     from ppl_vae.sites import aside
 
-    fitted = _load(run, device)
+    fitted = load(run, device=device)
     with aside():
         torch.manual_seed(seed)
         draws = {name: value.cpu().numpy() for name, value in fitted.model.simulate(n).items()}
@@ -338,13 +338,3 @@ def _underscored(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _load(run: Path, device: Device) -> Fitted:
-    from ppl_vae.fitting import torch_device
-    from ppl_vae.recipes import load
-
-    fitted = load(run)
-    fitted.model.to(torch_device(device))
-    fitted.guide.to(torch_device(device))
-    return fitted

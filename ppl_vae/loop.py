@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ppl_vae.checkpoints import Checkpoint
 from ppl_vae.data import Rows
 from ppl_vae.evaluation import mean_elbo
 from ppl_vae.model import GenerativeModel
 from ppl_vae.objectives import Schedule, Training
-from ppl_vae.run import Checkpoint, Run
+from ppl_vae.run import Run
 from ppl_vae.sites import paired_traces, sample_nodes
 from ppl_vae.svi import SVI, NonFiniteLoss
 
@@ -90,7 +91,7 @@ class TrainingLoop:
 
     def _step(self, rows: Tensor) -> None:
         batch = self.model.observed(self.train.batch(rows, self.device, self.dtype))
-        self.training.weight = self.warmup(self.epoch + self.batch / self.batches)
+        self.training.weight = self._weight(self.batch)
         try:
             self.svi.step(**batch, total=len(self.train))
         except NonFiniteLoss as error:
@@ -101,6 +102,9 @@ class TrainingLoop:
         self.sums[1] += float(terms.kl) * len(rows)
         self.batch += 1
 
+    def _weight(self, batch: int) -> float:
+        return self.warmup(self.epoch + batch / self.batches)
+
     def _end_epoch(self) -> dict[str, float]:
         reconstruction, kl = (total / len(self.train) for total in self.sums)
         row = {
@@ -109,6 +113,7 @@ class TrainingLoop:
             "reconstruction": reconstruction,
             "kl": kl,
         }
+        weight = self._weight(self.batches - 1)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0]
         validation_elbo = None
         if self.validation is not None:
@@ -123,7 +128,7 @@ class TrainingLoop:
                 self.best_elbo, self.best_epoch = validation_elbo, self.epoch
                 self.best = {k: v.clone() for k, v in weights(self.model, self.guide).items()}
         row |= {
-            "weight": self.training.weight,
+            "weight": weight,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds,
         }

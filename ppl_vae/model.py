@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+# Frozen parameters are no oversight here: modules hold their own, and the store is not asked.
+warnings.filterwarnings("ignore", message=".* was not registered in the param store")
 
 ROWS = "data"
 """Name of the plate in which the rows of the data stand."""

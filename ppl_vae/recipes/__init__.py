@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ppl_vae.data import Dataset
-from ppl_vae.fitting import Fitted, fit
+from ppl_vae.fitting import Fitted, fit, torch_device
 from ppl_vae.loop import load_weights
 from ppl_vae.model import GenerativeModel
 from ppl_vae.names import nearest
@@ -162,8 +162,10 @@ def load(
     model: GenerativeModel | None = None,
     guide: nn.Module | None = None,
     data: Any = None,
+    *,
+    device: str = "cpu",
 ) -> Fitted:
-    """A fitted run from its folder, on the CPU.
+    """A fitted run from its folder.
 
     A recipe's run is rebuilt from the recipe; a run that was fitted from Python needs the pair,
     built as it was, since no code is kept in a run's folder. Weights are the best on validation
@@ -171,7 +173,8 @@ def load(
 
     Raises:
         FileNotFoundError: no run there.
-        ValueError: a run without a recipe, and no pair given; or another pair's weights.
+        ValueError: a run without a recipe, and no pair given; another pair's weights; "cuda" for
+            ``device`` where there is none.
         CorruptCheckpoint: no intact checkpoint.
     """
     run = Run.open(folder)
@@ -186,6 +189,9 @@ def load(
         model.double()
         guide.double()
     load_weights(model, guide, checkpoint.tensors)
+    place = torch_device(device)
+    model.to(place)
+    guide.to(place)
     return Fitted(model, guide, data, run.metrics(), run)
 
 

@@ -1,0 +1,286 @@
+"""The command line, as people use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ppl_vae.cli import main
+from ppl_vae.run import Run
+
+QUICK = ["--latents", "2", "--hidden=16", "--quiet"]
+
+RECIPE = '''
+import torch
+from ppl_vae import Experiment
+from ppl_vae.data import as_dataset
+from ppl_vae.guides.mean_field import MeanField
+from ppl_vae.models.ppca import PPCA
+from ppl_vae.nn import MLP
+
+def linear(*, latents: int = 2) -> Experiment:
+    """A user's own recipe."""
+    model = PPCA(latents, 4)
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    return Experiment(model, MeanField(model, MLP(4, 8), x), as_dataset(x), {"epochs": 2})
+
+def _helper() -> Experiment: ...
+'''
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert (
+        main(["fit", "vae-digits", "--out", str(folder), "--epochs", "3", "--seed", "5", *QUICK])
+        == 0
+    )
+    return folder
+
+
+def test_help_answers_without_torch() -> None:
+    script = (
+        "import sys; from ppl_vae.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as done: print(done.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "0 False\n"
+    for command in ("list", "show", "fit", "evaluate", "check", "sample"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {"VAE", "PPCA"} <= set(table["models"])
+    assert {"MeanField", "FullRank"} <= set(table["guides"])
+    assert {
+        "vae-digits", "vae-mnist", "vae-static-mnist", "vae-fashion", "vae-omniglot",
+        "conv-vae-mnist",
+    } <= set(table["recipes"])  # fmt: skip
+    assert "digits" in table["data"]
+    assert all(table["recipes"].values()), "each has a line that says what it is"
+    assert main(["list"]) == 0
+    assert "vae-digits" in capsys.readouterr().out
+
+
+def test_show_tells_the_story_and_draws_the_graph(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["show", "vae", "--graph", str(tmp_path / "vae.png")]) == 0
+    told = capsys.readouterr().out
+    assert "z_n ~ prior" in told
+    assert "x     observable  data    (6,)         Bernoulli" in told
+    assert (tmp_path / "vae.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fit_leaves_a_run_with_figures(run: Path) -> None:
+    record = Run.open(run).record
+    assert record["recipe"] == "vae-digits"
+    assert record["arguments"] == {"latents": 2, "hidden": 16}
+    assert (record["seed"], record["status"], record["epochs_done"]) == (5, "finished", 3)
+    assert {p.name for p in (run / "figures").iterdir()} >= {
+        "curves.png", "samples.png", "reconstructions.png", "interpolation.png", "traversal.png",
+        "manifold.png",
+    }  # fmt: skip
+
+
+def test_one_seed_gives_one_run(run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    main(["fit", "vae-digits", "--out", str(again), "--epochs=3", "--seed=5", *QUICK])
+    one, other = Run.open(run).latest(), Run.open(again).latest()
+    assert one is not None
+    assert other is not None
+    assert all(torch.equal(t, other.tensors[name]) for name, t in one.tensors.items())
+
+
+def test_evaluate_prints_json_and_keeps_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--samples", "20", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {"elbo", "nll", "bits_per_dim", "active_units", "samples", "split", "rows"} <= set(
+        figures
+    )
+    assert (figures["split"], figures["rows"], figures["samples"]) == ("test", 300, 20)
+    assert figures["elbo"] <= -figures["nll"]
+    assert json.loads((run / "evaluation-test.json").read_text()) == figures
+    assert main(["evaluate", str(run), "--split", "validation", "--samples=5"]) == 0
+    assert "validation: 300 rows, 5 importance samples" in capsys.readouterr().out
+
+
+def test_check_reports_p_values_and_saves_the_draws(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import xarray
+
+    assert main(["check", str(run), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((run / "report" / "check.json").read_text()) == printed
+    with xarray.open_datatree(run / "report" / "idata.nc", engine="h5netcdf") as tree:
+        assert {"posterior", "posterior_predictive", "prior", "observed_data"} <= set(tree.children)
+
+
+def test_sample_draws_rows(run: Path) -> None:
+    assert main(["sample", str(run), "--n", "9"]) == 0
+    with np.load(run / "samples.npz", allow_pickle=False) as draws:
+        assert draws["x"].shape == (9, 64)
+        assert draws["z"].shape == (9, 2)
+        assert set(np.unique(draws["x"])) <= set(range(17))
+
+
+def test_a_recipe_of_ones_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    out = tmp_path / "run"
+    assert main(["fit", f"{file}:linear", "--latents=3", "--out", str(out), "--quiet"]) == 0
+    assert main(["evaluate", str(out), "--samples", "3"]) == 0
+    assert Run.open(out).record["arguments"] == {"latents": 3}
+    with pytest.raises(SystemExit):
+        main(["fit", f"{file}:lineal", "--out", str(tmp_path / "other")])
+    assert "did you mean 'linear'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", f"{tmp_path}/none.py:linear"])
+    assert "there is no file" in capsys.readouterr().err
+
+
+# -- resuming ----------------------------------------------------------------------------------
+
+
+def test_ctrl_c_exits_130_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from ppl_vae.cli import main; sys.exit(main())"]
+    options = ["--latents=2", "--hidden=16", "--epochs=40", "--optimizer=adamax"]
+    part = subprocess.Popen(
+        [*command, "fit", "vae-digits", "--out", str(tmp_path / "part"), *options],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "part" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and part.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    part.send_signal(signal.SIGINT)
+    _, said = part.communicate(timeout=120)
+    assert part.returncode == 130, said
+    assert "--resume" in said
+    record = Run.open(tmp_path / "part").record
+    assert record["status"] == "interrupted"
+    assert record["epochs_done"] < 40
+    assert main(["fit", "--resume", str(tmp_path / "part"), "--quiet"]) == 0
+    assert main(["fit", "vae-digits", "--out", str(tmp_path / "whole"), "--quiet", *options]) == 0
+    one, other = (Run.open(tmp_path / name).latest() for name in ("part", "whole"))
+    assert one is not None
+    assert other is not None
+    assert all(torch.equal(t, other.tensors[name]) for name, t in one.tensors.items())
+
+
+def test_resume_refuses_what_would_make_another_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--resume", str(run), "--learning_rate", "0.5"]) == 1
+    assert "would be another run" in capsys.readouterr().err
+    assert main(["fit", "vae-digits", "--resume", str(run)]) == 1
+    assert "give no RECIPE and no --out" in capsys.readouterr().err
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["fit", "vae-digit"], "unknown recipe 'vae-digit'; did you mean 'vae-digits'?"),
+        (["fit", "vae-digits", "--hiden", "3"], "--hiden 3; did you mean '--hidden'?"),
+        (["fit", "vae-digits", "--epochs", "many"], "many"),
+        (["evaluate", "run", "--split", "tset"], "tset"),
+        (["fti"], "fti"),
+        ([], "subcommand"),
+    ],
+)
+def test_a_command_that_makes_no_sense_exits_2(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["show", "VAEE"], "unknown model 'VAEE'; did you mean 'VAE'?"),
+        (["fit"], "give a RECIPE"),
+        (["evaluate", "nowhere"], "nowhere holds no run"),
+        (["fit", "vae-digits", "--epochs", "0"], "epochs=0: expected a whole number"),
+    ],
+)
+def test_a_command_that_cannot_be_done_says_why(
+    words: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_missing_data_say_where_they_were_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PPL_VAE_DATA", str(tmp_path / "data"))
+    assert main(["fit", "vae-static-mnist", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "data") in said
+    assert "PPL_VAE_DATA" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_folder_is_left_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "metrics.csv").read_bytes()
+    assert main(["fit", "vae-digits", "--out", str(run), *QUICK]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_a_damaged_run_is_evaluated_from_the_checkpoint_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    main(["fit", "vae-digits", "--out", str(folder), "--epochs=2", *QUICK])
+    *_, newest = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="falling back to"):
+        assert main(["evaluate", str(folder), "--samples=2"]) == 0
+    for mark in (folder / "checkpoints").glob("*.json"):
+        os.truncate(mark, 20)
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--samples=2"]) == 1
+    assert "no checkpoint is intact" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (
+        ["fit", "vae-digits", "--device", "cuda", "--out", str(tmp_path / "run")],
+        ["evaluate", str(run), "--device", "cuda"],
+    ):
+        assert main(words) == 1
+        assert "no CUDA device here" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""Discovery: a new file is in the zoo at once; two of one name are refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppl_vae.models
+from ppl_vae import zoo
+from ppl_vae.cli import main
+from ppl_vae.fitting import fit
+from ppl_vae.guides.mean_field import MeanField
+from ppl_vae.models import _template
+from ppl_vae.nn import MLP
+
+TEMPLATE = Path(_template.__file__).read_text()
+
+
+@pytest.fixture
+def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Adds a copy of the template to the zoo, as a file beside its models would be."""
+    monkeypatch.setattr(ppl_vae.models, "__path__", [*ppl_vae.models.__path__, str(tmp_path)])
+    added: list[str] = []
+
+    def add(file: str, name: str) -> None:
+        source = re.sub(r"\bTemplate\b", name, TEMPLATE)
+        (tmp_path / f"{file}.py").write_text(source)
+        added.append(f"ppl_vae.models.{file}")
+
+    yield add
+    for module in added:
+        sys.modules.pop(module, None)
+        if hasattr(ppl_vae.models, module.rpartition(".")[2]):
+            delattr(ppl_vae.models, module.rpartition(".")[2])
+
+
+def test_a_new_file_appears_and_fits(
+    add: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add("spectra", "Spectra")
+    assert main(["list"]) == 0
+    assert "Spectra" in capsys.readouterr().out
+    assert main(["show", "spectra"]) == 0
+    assert "w     latent      -       (4,)" in capsys.readouterr().out
+    torch.manual_seed(0)
+    model = zoo.find("model", "Spectra", zoo.models()).toy()
+    x = model.simulate(50)["x"]
+    before = MeanField(model, MLP(4, 8), x)
+    history = fit(model, before, x, epochs=20, learning_rate=1e-2, progress=False).history
+    assert history[-1]["elbo"] > history[0]["elbo"]
+
+
+def test_two_of_one_name_are_refused(add: Callable[[str, str], None]) -> None:
+    add("other", "Vae")
+    with pytest.raises(zoo.NameCollision, match="are both named"):
+        zoo.models()
+
+
+def test_the_template_itself_is_not_listed() -> None:
+    assert "Template" not in zoo.models()
+
+
+@pytest.mark.parametrize("name", ["vae", "VAE", "Vae"])
+def test_names_are_found_in_any_case(name: str) -> None:
+    assert zoo.find("model", name, zoo.models()).__name__ == "VAE"
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"unknown guide 'Flow'; known: FullRank, MeanField"):
+        zoo.find("guide", "Flow", zoo.guides())
