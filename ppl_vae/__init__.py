@@ -38,18 +38,17 @@ _HOMES = {
     "to_arviz": "arviz",
 }
 
-__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+_MODULES = {"data", "guides", "likelihoods", "models", "nn", "objectives", "plots", "priors"}
+
+__all__ = sorted([*_HOMES, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"ppl_vae.{_HOMES[name]}"), name)
-    try:
-        return importlib.import_module(f"ppl_vae.{name}")  # ppl_vae.nn and its kin
-    except ModuleNotFoundError as error:
-        if error.name != f"ppl_vae.{name}":
-            raise
-        raise AttributeError(f"module 'ppl_vae' has no attribute {name!r}") from None
+    if name in _MODULES:
+        return importlib.import_module(f"ppl_vae.{name}")
+    raise AttributeError(f"module 'ppl_vae' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _COMMANDS[command](**chosen[command])
     except KeyboardInterrupt:
-        print("ppl-vae: interrupted; go on with: ppl-vae fit --resume DIR", file=sys.stderr)
+        hint = "; go on with: ppl-vae fit --resume DIR" if command == "fit" else ""
+        print(f"ppl-vae {command}: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"ppl-vae {command}: {error}", file=sys.stderr)
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def list_(json: bool = False) -> None:
+def list_command(json: bool = False) -> None:
     """List models, guides, recipes and data sets.
 
     Args:
@@ -69,7 +70,7 @@ def list_(json: bool = False) -> None:
     print(f"data:\n  {', '.join(known_names())}")
 
 
-def show(model: str, graph: Path | None = None) -> None:
+def show_command(model: str, graph: Path | None = None) -> None:
     """Show a model: its story, with sites, plates, shapes and supports.
 
     Args:
@@ -86,7 +87,7 @@ def show(model: str, graph: Path | None = None) -> None:
         draw(instance).savefig(graph, bbox_inches="tight", dpi=150)
 
 
-def fit(
+def fit_command(
     recipe: str | None = None,
     resume: Path | None = None,
     out: Path | None = None,
@@ -170,7 +171,7 @@ def fit(
     print(fitted.run.folder)
 
 
-def evaluate(
+def evaluate_command(
     run: Path,
     samples: int = 100,
     split: Literal["train", "validation", "test"] = "test",
@@ -190,12 +191,12 @@ def evaluate(
         device: where to compute.
         json: print JSON.
     """
-    from ppl_vae.evaluation import evaluate as evaluate_pair
+    from ppl_vae.evaluation import evaluate
     from ppl_vae.recipes import load
     from ppl_vae.run import write_atomically
 
     fitted = load(run, device=device)
-    figures = evaluate_pair(
+    figures = evaluate(
         fitted.model,
         fitted.guide,
         fitted.data,
@@ -218,7 +219,7 @@ def evaluate(
     print(f"  active units    {figures['active_units']:10d}")
 
 
-def check(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:
+def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:
     """Check a run: does data from the fitted model look like held-out data?
 
     Args:
@@ -227,11 +228,11 @@ def check(run: Path, seed: int = 0, device: Device = "auto", json: bool = False)
         device: where to compute.
         json: print JSON.
     """
-    from ppl_vae.checks import check as check_pair
+    from ppl_vae.checks import check
     from ppl_vae.recipes import load
 
     fitted = load(run, device=device)
-    report = check_pair(fitted.model, fitted.guide, fitted.data, seed=seed)
+    report = check(fitted.model, fitted.guide, fitted.data, seed=seed)
     report.save(run / "report")
     if json:
         print(json_.dumps(report.to_json(), indent=2))
@@ -240,7 +241,7 @@ def check(run: Path, seed: int = 0, device: Device = "auto", json: bool = False)
         print(run / "report")
 
 
-def sample(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:
+def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:
     """Draw new rows from a run's model, as a picture and as numbers.
 
     Args:
@@ -267,13 +268,14 @@ def sample(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> No
     print(run / "figures" / "samples.png")
 
 
+# Not named like the functions of ``ppl_vae``: jsonargparse would look those up, and load them.
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "list": list_,
-    "show": show,
-    "fit": fit,
-    "evaluate": evaluate,
-    "check": check,
-    "sample": sample,
+    "list": list_command,
+    "show": show_command,
+    "fit": fit_command,
+    "evaluate": evaluate_command,
+    "check": check_command,
+    "sample": sample_command,
 }
 
 
@@ -309,7 +311,7 @@ def _parser(given: Sequence[str]) -> ArgumentParser:
         for action in sub._actions:
             if getattr(action, "_typehint", None) is bool:  # --json alone means --json true
                 action.nargs, action.const = "?", True
-        commands.add_subcommand(name, sub, help=first_line.rstrip(".").lower())
+        commands.add_subcommand(name, sub, help=first_line[:1].lower() + first_line[1:].rstrip("."))
     return parser
 
 

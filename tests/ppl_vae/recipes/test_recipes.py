@@ -1,0 +1,66 @@
+"""Every recipe: what it says, that it builds, and that it learns from its data."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from ppl_vae.data import Dataset
+from ppl_vae.data.sources import DataNotFoundError, data_home
+from ppl_vae.fitting import fit
+from ppl_vae.recipes import Experiment, build, recipes
+
+RECIPES = recipes()
+
+
+def experiment(name: str) -> Experiment:
+    # Offline, a set that is not on the disk would be a download that fails after a time-out.
+    if name != "vae-digits" and not data_home().is_dir():
+        pytest.skip(f"needs data in {data_home()}; set PPL_VAE_DATA")
+    try:
+        return build(name, {}, seed=0)
+    except DataNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_names_its_source_and_its_figure(name: str) -> None:
+    said = inspect.getdoc(RECIPES[name]) or ""
+    assert re.search(r"nats|[Nn]o published figure|not be compared", said)
+    for parameter in inspect.signature(RECIPES[name]).parameters.values():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default is not parameter.empty
+        assert f"{parameter.name}: " in said
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_learns_from_some_of_its_rows(name: str) -> None:
+    made = experiment(name)
+    rows = {"train": 200, "validation": 50, "test": 50}
+    few = {s: {"x": made.data.splits[s]["x"][:n]} for s, n in rows.items()}
+    data = Dataset(
+        made.data.name,
+        few,
+        image_shape=made.data.image_shape,
+        unit=made.data.unit,
+        binarization=made.data.binarization,
+    )
+    options = made.fit | {"epochs": 4, "warmup": 0, "batch_size": 50, "progress": False}
+    history = fit(made.model, made.guide, data, **options).history
+    assert history[-1]["elbo"] > history[0]["elbo"] + 5
+    assert history[-1]["validation_elbo"] > history[0]["validation_elbo"]
+
+
+def test_seed_decides_the_initial_weights() -> None:
+    one, same, other = (build("vae-digits", {}, seed=s).model for s in (1, 1, 2))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, same.state_dict()[name])
+    assert any(not torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
+
+
+def test_an_unknown_argument_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="takes no 'hiden'; did you mean 'hidden'"):
+        build("vae-digits", {"hiden": 3}, seed=0)
