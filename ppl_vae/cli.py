@@ -191,9 +191,9 @@ def evaluate_command(
         device: where to compute.
         json: print JSON.
     """
+    from ppl_vae.atomic import write_atomically
     from ppl_vae.evaluation import evaluate
     from ppl_vae.recipes import load
-    from ppl_vae.run import write_atomically
 
     fitted = load(run, device=device)
     figures = evaluate(
