@@ -79,11 +79,9 @@ class TrainingLoop:
                     self.save()
             self.seconds += time.monotonic() - started
             show(self._end_epoch())
-        if self.patience is not None and self.best is not None:
-            self.save()
+        self.save()
+        if self.best is not None:
             load_weights(self.model, self.guide, self.best)
-        else:
-            self.save()
         self._status("finished")
 
     def _order_seed(self) -> int:
@@ -126,7 +124,9 @@ class TrainingLoop:
             }
             if self.epoch >= self.warmup.ends and validation_elbo > self.best_elbo:
                 self.best_elbo, self.best_epoch = validation_elbo, self.epoch
-                self.best = {k: v.clone() for k, v in weights(self.model, self.guide).items()}
+                if self.patience is not None:
+                    held = weights(self.model, self.guide)
+                    self.best = {name: tensor.clone() for name, tensor in held.items()}
         row |= {
             "weight": weight,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -200,7 +200,7 @@ class TrainingLoop:
         self.epoch, self.batch, self.sums = state["epoch"], state["batch"], list(state["sums"])
         self.best_elbo, self.best_epoch = state["best_elbo"], state["best_epoch"]
         self.seconds = state["seconds"]
-        if self.best_epoch and (best := self.run.load("best")) is not None:
+        if self.patience is not None and (best := self.run.load("best")) is not None:
             self.best = best.tensors
         self.run.rewind(self.epoch)
         self.history = self.run.metrics()
@@ -259,14 +259,13 @@ def _culprit(model: GenerativeModel, guide: nn.Module, batch: dict[str, Tensor])
         model_trace, guide_trace = paired_traces(model, guide, **batch)
         for role, trace in (("guide", guide_trace), ("model", model_trace)):
             for name, node in sample_nodes(trace):
-                log_prob = node["fn"].log_prob(node["value"])
-                if not (node["value"].isfinite().all() and log_prob.isfinite().all()):
-                    return (
-                        f"site {name!r} of the {role} has log-probability "
-                        f"{float(log_prob.flatten()[(~log_prob.isfinite()).flatten()].sum())}"
-                        if not log_prob.isfinite().all()
-                        else f"site {name!r} of the {role} drew a value that is not finite"
-                    )
+                for what, value in (
+                    ("drew", node["value"]),
+                    ("has log-probability", node["fn"].log_prob(node["value"])),
+                ):
+                    if not value.isfinite().all():
+                        wrong = value[~value.isfinite()][0].item()
+                        return f"site {name!r} of the {role} {what} {wrong}"
     return "every site is finite on a second run of the batch: the failing draw was a rare one"
 
 
