@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from ppl_vae.conditionals import constrained, positive, unconstrain
+from ppl_vae.distributions import CholeskyNormal
 from ppl_vae.guide import AmortizedGuide, unconstrained_size
 from ppl_vae.model import by_name
 
@@ -57,20 +57,15 @@ class FullRank(AmortizedGuide):
             if noise:
                 before = factor[..., start:stop, :start]
                 mean = mean + (before @ torch.cat(noise, -1).unsqueeze(-1)).squeeze(-1)
-            q = dist.MultivariateNormal(mean, scale_tril=own)
+            q = CholeskyNormal(mean, scale_tril=own)
             value = given.get(site.name)
             if value is None:
                 value = pyro.sample(site.name, constrained(q, site.support, site.event_shape))
-            if stop < self.size:
-                u = unconstrain(value, site.support, site.event_shape)
-                residual = (u - mean).unsqueeze(-1)
-                solved = torch.linalg.solve_triangular(own, residual, upper=False)
-                noise.append(solved.squeeze(-1))
+            noise.append(q.noise(unconstrain(value, site.support, site.event_shape)))
             start = stop
 
     def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         site = self.only_site()
         loc, factor = self.parameters_of(self.encode(by_name(self.names, args, kwargs)))
-        return constrained(
-            dist.MultivariateNormal(loc, scale_tril=factor), site.support, site.event_shape
-        )
+        joint = CholeskyNormal(loc, scale_tril=factor)
+        return constrained(joint, site.support, site.event_shape)

@@ -85,7 +85,9 @@ def constrained(
     Shapes: base event ``(U,)``, where U is the number of unconstrained coordinates of
     ``event_shape`` (a simplex of K has K - 1); result event ``event_shape``.
     """
-    transform = dist.transforms.biject_to(support)
+    # Cached, so that a draw is scored by the coordinates it came from: a value that saturates at
+    # the edge of its support has lost them, and a guide could learn to profit from that.
+    transform = dist.transforms.biject_to(support).with_cache(1)
     unconstrained = transform.inverse_shape(event_shape)
     moves: list[dist.transforms.Transform] = []
     if len(unconstrained) != 1:

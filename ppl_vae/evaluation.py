@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
@@ -14,6 +13,7 @@ from torch.distributions import Normal as TorchNormal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae.data import Rows, as_dataset
+from ppl_vae.draws import observed, particles
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters
 from ppl_vae.objectives import Terms
 from ppl_vae.sites import check_pair, evaluating, paired_traces, read_sites, sample_nodes
@@ -85,13 +85,14 @@ def evaluate(
     Raises:
         ValueError: ``samples`` or ``memory`` below 1.
         PairError: model and guide do not fit each other.
+        FloatingPointError: discrete data with a probability above 1: a diverged guide.
     """
     if samples < 1 or memory < 1:
         raise ValueError(f"evaluate(samples={samples}, memory={memory}): expected at least 1")
     dataset = as_dataset(data)
     rows = dataset.split(split)
     with evaluating(seed, model, guide):
-        probe = _batch(model, rows, slice(0, 4))
+        probe = observed(model, rows, slice(0, 4))
         check_pair(model, guide, **probe)
         sites = read_sites(model, **probe)
         capacity = max(1, memory * 2**20 // _bytes_per_draw(model, guide, probe))
@@ -104,6 +105,11 @@ def evaluate(
     # A density has a unit, a probability has none.
     discrete = all(s.support.is_discrete for s in sites.values() if s.observed)
     unit = 1.0 if discrete else dataset.unit
+    if discrete and nll < 0:
+        raise FloatingPointError(
+            f"an NLL of {nll:g} nats for discrete data: a probability above 1. The guide has "
+            "diverged to where its density is lost in rounding; fit it with a lower learning rate"
+        )
     return Evaluation(
         elbo=reconstruction - sum(kl.values()),
         elbo_se=_standard_error(elbo),
@@ -151,7 +157,7 @@ def _columns(
     step = max(1, capacity // draws)
     columns: dict[_Key, Tensor] = {}
     for start in range(0, len(rows), step):
-        batch = _batch(model, rows, slice(start, start + step))
+        batch = observed(model, rows, slice(start, start + step))
         for key, value in _means_over_draws(model, guide, batch, samples, draws).items():
             if key not in columns:
                 # All at once: small results allocated between large intermediate ones would
@@ -174,9 +180,9 @@ def _figures(
     model: GenerativeModel, guide: torch.nn.Module, batch: dict[str, Tensor], draws: int
 ) -> dict[_Key, Tensor]:
     """Figures of each draw: ``(draws, rows, ...)``, or ``(draws, 1, ...)`` for global sites."""
-    particles = pyro.plate("particles", draws, dim=-2)
+    plate = particles(draws, 1)
     with own_parameters(model, guide):
-        model_trace, guide_trace = paired_traces(particles(model), particles(guide), **batch)
+        model_trace, guide_trace = paired_traces(plate(model), plate(guide), **batch)
     drawn = dict(sample_nodes(guide_trace))
     # An autoguide draws a site through an auxiliary one, whose density is part of the site's q.
     auxiliary = {
@@ -248,11 +254,6 @@ def _posterior_mean(q: Any, value: Tensor) -> Tensor:
         return q.mean
     except NotImplementedError:  # a transformed distribution: the draws' mean stands in
         return value
-
-
-def _batch(model: GenerativeModel, rows: Rows, part: slice) -> dict[str, Tensor]:
-    parameter = next(model.parameters())
-    return model.observed(rows.batch(part, device=parameter.device, dtype=parameter.dtype))
 
 
 class _OutputBytes(TorchDispatchMode):

@@ -71,16 +71,18 @@ class GenerativeModel(Program):
     - ``forward(self, x=None, ..., *, n=None, total=None)``: arguments are the observable sites,
       by site name; one that is None is latent. Rows stand in ``self.rows(x, n=n, total=total)``.
     - a method ``<site>_dist`` for each site, that returns its ``Distribution``.
-    - ``toy()``: a small instance, on which the contract tests run.
+    - ``toy()``, for a model of the zoo: a small instance, on which the contract tests run.
     """
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @classmethod
-    @abstractmethod
     def toy(cls) -> Self:
         """A small instance: a few latents, a few observables, quick to run."""
+        raise NotImplementedError(
+            f"{cls.__name__} has no toy(): a model of the zoo needs one, for `show` and the tests"
+        )
 
     @property
     def observables(self) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import daft
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from pyro.infer.inspect import get_model_relations
 
-from ppl_vae.conditionals import entrywise
 from ppl_vae.model import GenerativeModel, own_parameters
-from ppl_vae.sites import aside, read_sites
+from ppl_vae.sites import aside, read_sites, support_name
 
 
 def story(model: GenerativeModel) -> str:
@@ -27,7 +27,7 @@ def story(model: GenerativeModel) -> str:
                 ", ".join(site.plates) or "-",
                 str(tuple(site.event_shape)),
                 site.family,
-                type(entrywise(site.support)).__name__.strip("_"),
+                support_name(site.support),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -64,6 +64,7 @@ def graph(model: GenerativeModel) -> Figure:
         )
     figure = pgm.render().figure
     assert isinstance(figure, Figure)
+    plt.close(figure)  # daft opens it through pyplot, which would keep it, and show it again
     return figure
 
 

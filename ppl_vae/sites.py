@@ -115,8 +115,9 @@ def check_pair(
         ):
             if not support.check(draws).all():
                 raise PairError(
-                    f"{names}: at site {name!r} the guide is {site.family} on {site.support}, the "
-                    f"model {other.family} on {other.support}: a draw of the {drawer}, "
+                    f"{names}: at site {name!r} the guide is {site.family} on "
+                    f"{support_name(site.support)}, the model {other.family} on "
+                    f"{support_name(other.support)}: a draw of the {drawer}, "
                     f"{_outside(support, draws)[1]:g}, lies outside the {owner}'s support"
                 )
     for program, trace in ((model, model_trace), (guide, guide_trace)):
@@ -159,7 +160,7 @@ def _check_values(
         row, value = _outside(site.support, values)
         raise PairError(
             f"data {name!r}, row {first_row + row}, hold {value:g}, which {site.family} cannot "
-            f"emit: its support is {site.support}. " + _remedy(site.family)
+            f"emit: its support is {support_name(site.support)}. " + _remedy(site.family)
         )
 
 
@@ -223,6 +224,16 @@ def _check_parameters(program: Callable[..., Any], trace: Trace) -> None:
                 f"{_name(program)}: pyro.param({name!r}) is not a parameter of the module, so it "
                 "would not be saved: make it an attribute, self.name = PyroParam(...)"
             )
+
+
+def support_name(support: Constraint) -> str:
+    """A constraint without its bounds, which may be as many as a batch has entries.
+
+    >>> from torch.distributions import constraints
+    >>> support_name(constraints.independent(constraints.unit_interval, 1))
+    'Interval'
+    """
+    return type(entrywise(support)).__name__.strip("_")
 
 
 def _outside(support: Constraint, values: Tensor) -> tuple[int, float]:

@@ -61,7 +61,7 @@ def log_joint(model: GenerativeModel, values: dict[str, Tensor], **kwargs: Any) 
 def test_story_says_which_plates_and_shapes_the_sites_have(name: str) -> None:
     model = MODELS[name].toy()
     story = re.findall(
-        r"^ +(\w+?)(_n)? +~ [^#]+# +\S[^|]*?(\w+)? *\| *([^\n]*)$",
+        r"^ *(\w+?)(_n)? +~ [^#]+# +\S[^|]*?(\w+)? *\| *([^\n]*)$",
         inspect.getdoc(model) or "",
         re.M,
     )

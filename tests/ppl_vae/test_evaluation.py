@@ -188,3 +188,17 @@ def test_impossible_budgets_are_refused(wrong: dict[str, int]) -> None:
     model, guide, data = vae(2)
     with pytest.raises(ValueError, match="expected at least 1"):
         evaluate(model, guide, data, **wrong)
+
+
+def test_a_probability_above_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, guide, data = vae(2)
+    means = evaluation._means_over_draws
+
+    def absurd(*args: Any) -> Any:
+        result = means(*args)
+        result["log evidence", ""] = result["log evidence", ""].abs()
+        return result
+
+    monkeypatch.setattr(evaluation, "_means_over_draws", absurd)
+    with pytest.raises(FloatingPointError, match="a probability above 1"):
+        evaluate(model, guide, data)
