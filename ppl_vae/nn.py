@@ -73,11 +73,11 @@ class ConvEncoder(nn.Module):
     """Strided convolutions from an image to features.
 
     Shapes: ``(..., channels * height * width)`` to ``(..., outputs)``. Each stage halves height
-    and width, down to 3 to 7 pixels: one stage for 8x8, two for 28x28, three for 32x32, four
-    for 64x64; the first has ``width`` channels, each further one twice as many.
+    and width, until neither exceeds 7 pixels: one stage for 8x8, two for 28x28, three for
+    32x32, four for 64x64; the first has ``width`` channels, each further one twice as many.
 
     Args:
-        image_shape: (channels, height, width), each side a multiple of 4 or more.
+        image_shape: (channels, height, width), sides that each stage can halve evenly.
         outputs: number of features.
         width: channels of the first stage.
 

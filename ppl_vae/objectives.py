@@ -67,8 +67,9 @@ def plain_elbo(
     """Pyro's estimator of the ELBO that fits a pair, chosen from a trace of it.
 
     ``TraceEnum_ELBO`` where a site is enumerated, ``TraceGraph_ELBO`` where a guide's site is
-    not reparameterized, ``TraceMeanField_ELBO`` where every latent's KL has a closed form,
-    ``Trace_ELBO`` otherwise. Arguments: an example batch.
+    not reparameterized, ``TraceMeanField_ELBO`` where every latent's KL has a closed form and the
+    guide draws in the model's order (a KL given a latent that depends on the one at hand is no
+    term of the ELBO), ``Trace_ELBO`` otherwise. Arguments: an example batch.
     """
     with torch.no_grad(), aside():
         model_trace, guide_trace = paired_traces(model, guide, *args, **kwargs)
@@ -78,7 +79,12 @@ def plain_elbo(
         return TraceEnum_ELBO(max_plate_nesting=1)
     if not all(node["fn"].has_rsample for node in drawn.values()):
         return TraceGraph_ELBO()
-    if latents and all(_has_closed_kl(drawn[n]["fn"], p["fn"]) for n, p in latents.items()):
+    in_order = list(latents) == [name for name in drawn if name in latents]
+    if (
+        latents
+        and in_order
+        and all(_has_closed_kl(drawn[n]["fn"], p["fn"]) for n, p in latents.items())
+    ):
         return TraceMeanField_ELBO()
     return Trace_ELBO()
 

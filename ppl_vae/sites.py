@@ -167,7 +167,9 @@ def _check_values(
 @contextmanager
 def aside() -> Iterator[None]:
     """Do something random without moving torch's random state (CPU and CUDA)."""
-    with torch.random.fork_rng():
+    # Named, since fork_rng warns of the time it takes where there are many devices.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         yield
 
 
@@ -239,10 +241,12 @@ def support_name(support: Constraint) -> str:
 def _outside(support: Constraint, values: Tensor) -> tuple[int, float]:
     """Row and value of the first entry outside a support."""
     inside = entrywise(support).check(values)
+    if values.dim() == 0:
+        return 0, values.item()
     row = int((~inside).nonzero()[0, 0])
     # A constraint on whole vectors, like the simplex, cannot say which entry is at fault.
     entries = values[row][~inside[row]] if inside.shape == values.shape else values[row]
-    return row, float(entries.flatten()[0])
+    return row, entries.flatten()[0].item()
 
 
 def _remedy(family: str) -> str:

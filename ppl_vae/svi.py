@@ -68,17 +68,21 @@ class SVI:
         with own_parameters(self.model, self.guide):
             if isinstance(self.optim, PyroOptim):
                 with poutine.trace(param_only=True) as capture:
-                    loss = self._backward(*args, **kwargs)
+                    loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
                 used = {_unconstrained(node) for node in capture.trace.nodes.values()}
-                self.optim(list(used))
+                if _is_finite(loss):
+                    self.optim(list(used))
                 zero_grads(used)
             else:
                 self.optim.zero_grad()
-                loss = self._backward(*args, **kwargs)
+                loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
                 if self.max_grad_norm is not None:
                     held = [p for group in self.optim.param_groups for p in group["params"]]
                     torch.nn.utils.clip_grad_norm_(held, self.max_grad_norm)
-                self.optim.step()
+                if _is_finite(loss):
+                    self.optim.step()
+        if not _is_finite(loss):
+            raise NonFiniteLoss(f"the loss is {loss}")
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,17 +90,15 @@ class SVI:
         with torch.no_grad(), own_parameters(self.model, self.guide):
             return self.loss.loss(self.model, self.guide, *args, **kwargs)
 
-    def _backward(self, *args: Any, **kwargs: Any) -> Any:
-        loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
-        if not all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,))):
-            raise NonFiniteLoss(f"the loss is {loss}")
-        return loss
-
 
 def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Trainable parameters of modules, each once, in a fixed order: what an optimizer takes."""
     held = (p for program in programs for p in program.parameters() if p.requires_grad)
     return list(dict.fromkeys(held))
+
+
+def _is_finite(loss: Any) -> bool:
+    return all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,)))
 
 
 def _unconstrained(node: Any) -> Tensor:
