@@ -41,3 +41,9 @@ types: .venv/ready
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+# The zoo's tables in the README, from the docstrings.
+.PHONY: readme
+readme: .venv/ready
+	$(BIN)/python -c "from pathlib import Path; from ppl_vae.zoo import with_table; \
+	p = Path('README.md'); p.write_text(with_table(p.read_text('utf-8')), 'utf-8')"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
@@ -86,3 +87,45 @@ def first_line(member: Callable[..., Any]) -> str:
 
 def _whence(member: Any) -> str:
     return f"{member.__module__}.{member.__qualname__}"
+
+
+TABLE_BEGIN, TABLE_END = "<!-- zoo: made by `make readme` -->", "<!-- end of zoo -->"
+
+
+def table() -> str:
+    """Models, guides and recipes with their first lines, as Markdown tables.
+
+    >>> print(table())  # doctest: +ELLIPSIS
+    | model | story |
+    | --- | --- |
+    ...
+    """
+    recipes = importlib.import_module("ppl_vae.recipes").recipes()  # it imports this module
+    kinds = (("model", "story", models()), ("guide", "family", guides()))
+    return "\n\n".join(
+        "\n".join(
+            [f"| {kind} | {what} |", "| --- | --- |"]
+            + [f"| `{name}` | {_linked(first_line(member))} |" for name, member in members.items()]
+        )
+        for kind, what, members in (*kinds, ("recipe", "experiment", recipes))
+    )
+
+
+def with_table(text: str) -> str:
+    """A text with :func:`table` between its markers, in place of what stood there.
+
+    Raises:
+        ValueError: the text does not have the two markers, once each, in order.
+    """
+    before, begin, rest = text.partition(TABLE_BEGIN)
+    _, end, after = rest.partition(TABLE_END)
+    if not (begin and end) or TABLE_BEGIN in after or TABLE_END in before + after:
+        raise ValueError(f"expected one {TABLE_BEGIN!r}, and after it one {TABLE_END!r}")
+    return f"{before}{begin}\n\n{table()}\n\n{end}{after}"
+
+
+def _linked(line: str) -> str:
+    """A line of Markdown whose arXiv numbers are links."""
+    return re.sub(
+        r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", line.replace("|", r"\|")
+    )
