@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -20,14 +23,13 @@ class CholeskyNormal(dist.MultivariateNormal):
     def __init__(self, loc: Tensor, *, scale_tril: Tensor) -> None:
         super().__init__(loc, scale_tril=scale_tril, validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> CholeskyNormal:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CholeskyNormal:
         loc = self.loc.expand(*batch_shape, -1)
         return CholeskyNormal(loc, scale_tril=self.scale_tril.expand(*batch_shape, -1, -1))
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        noise = torch.randn(
-            self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device
-        )
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         value = self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
         self._drawn = value, noise
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,46 +13,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from xarray import Dataset, DataTree
 
-from ppl_vae.arviz import held_out, model_nodes, posterior_nodes
-from ppl_vae.checks.result import CheckResult, holm, p_value
+from ppl_vae.checks.result import CheckResult
+from ppl_vae.checks.statistics import STATISTICS, Statistic, compute, holm, p_value
+from ppl_vae.draws import held_out, model_nodes, posterior_nodes, rows_at_once
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import check_data, check_pair, evaluating, read_sites
-
-Statistic = Callable[[Tensor], Tensor | float]
-"""A number of a data set ``(rows, D)``, in float64."""
-
-_ROWS_AT_ONCE = 4096  # so that nets' hidden layers stay small
-_VALUES_AT_ONCE = 2**20
-
-
-def zeros(x: Tensor) -> Tensor:
-    """Fraction of entries that are exactly 0: sparsity."""
-    return (x == 0).double().mean()
-
-
-def neighbor_correlation(x: Tensor) -> Tensor:
-    """Mean absolute correlation, over rows, of each column with the next one: dependence.
-
-    Pairs with a column that does not vary are left out; nan where none is left.
-    """
-    centered = x - x.mean(0)
-    scale = centered.square().mean(0).sqrt()
-    covariance = (centered[:, 1:] * centered[:, :-1]).mean(0)
-    product = scale[1:] * scale[:-1]
-    return (covariance / product)[product > 0].abs().mean()
-
-
-STATISTICS: Mapping[str, Statistic] = {
-    "mean": torch.mean,
-    "standard deviation": torch.std,
-    "fraction of zeros": zeros,
-    "spread of row totals": lambda x: x.sum(1).std(),
-    "smallest row total": lambda x: x.sum(1).min(),
-    "largest row total": lambda x: x.sum(1).max(),
-    "neighbor correlation": neighbor_correlation,
-}
-"""What is compared by default. Totals are sums over a row; the fraction and the correlation have
-no unit, the others that of x."""
 
 
 def population_predictive(
@@ -114,7 +79,7 @@ def population_predictive(
         check_data(model, [columns])
         check_pair(model, guide, **columns)
         held = len(columns[site])
-        observed = np.array(_compute(statistics, columns[site], "the held-out data"))
+        observed = np.array(compute(statistics, columns[site], "the held-out data"))
         replicated = np.empty((replicates, len(statistics)))
         for i, x in enumerate(_replicates(model, guide, columns, site, replicates)):
             if not x.isfinite().all():
@@ -123,7 +88,7 @@ def population_predictive(
                     f"{float(x[~x.isfinite()][0])} at site {site!r}: its parameters or its "
                     "likelihood have diverged"
                 )
-            replicated[i] = _compute(statistics, x, f"replicate {i}")
+            replicated[i] = compute(statistics, x, f"replicate {i}")
     records = _records(list(statistics), observed, replicated, level)
     if all(record["verdict"] == "not applicable" for record in records):
         raise ValueError("no statistic is applicable: " + records[0]["note"])
@@ -179,8 +144,7 @@ def _replicates(
     """Data sets from the fitted model, ``(rows, event)`` each, one at a time."""
     rows = len(columns[site])
     sites = read_sites(model, n=2)
-    width = max(1, sites[site].event_shape.numel())
-    at_once = max(1, min(_ROWS_AT_ONCE, _VALUES_AT_ONCE // width))
+    at_once = rows_at_once(sites[site].event_shape.numel())
     shared = [s.name for s in sites.values() if not (s.local or s.observed)]
     # Rows are independent given the global sites: several small replicates in one run.
     together = 1 if shared else max(1, at_once // rows)
@@ -198,21 +162,6 @@ def _replicates(
             nodes = model_nodes(model, fixed, rows=min(at_once, total - done))
             parts.append(nodes[site]["value"])
         yield from torch.cat(parts).split(rows)
-
-
-def _compute(statistics: Mapping[str, Statistic], x: Tensor, where: str) -> list[float]:
-    flat = x.reshape(len(x), -1).double()
-    values: list[float] = []
-    for name, statistic in statistics.items():
-        value = statistic(flat)
-        try:
-            values.append(float(value))
-        except (TypeError, ValueError, RuntimeError):
-            shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"statistic {name!r} of {where} is {shown}; expected one number"
-            ) from None
-    return values
 
 
 def _records(

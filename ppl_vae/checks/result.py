@@ -1,16 +1,15 @@
-"""What every check returns, what several make together, and the p-values they share."""
+"""What every check returns, and what several make together."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -106,30 +105,6 @@ class Report:
         _whole(folder / "idata.nc", lambda p: self.idata.to_netcdf(p, engine="h5netcdf"))
         text = json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         _whole(folder / "check.json", lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def p_value(observed: float, replicated: np.ndarray) -> tuple[float, float]:
-    """Two-sided p-value, valid for any number of replicates, and its Monte Carlo standard error.
-
-    The error says by how much p would vary between seeds; the +1 correction already keeps the
-    error rate of the test below its level.
-    """
-    n = len(replicated)
-    low = (1 + int((replicated <= observed).sum())) / (n + 1)
-    high = (1 + int((replicated >= observed).sum())) / (n + 1)
-    one_sided = min(low, high)
-    return min(1.0, 2 * one_sided), 2 * math.sqrt(one_sided * (1 - one_sided) / n)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted by Holm's step-down method (1979), in the order given."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    adjusted = [0.0] * len(p)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:

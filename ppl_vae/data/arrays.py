@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vae.data.dataset import SPLITS, Dataset, check_rows
+from ppl_vae.data.dataset import SPLITS, Dataset
+from ppl_vae.data.validation import check_rows
 
 Array: TypeAlias = Tensor | np.ndarray
 Columns: TypeAlias = Array | Mapping[str, Array]

@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.data import validation
+
 Binarization = Literal["none", "static", "dynamic"]
 
 SPLITS = ("train", "validation", "test")
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_STORABLE = (torch.bool, *_INTEGERS, *_FLOATS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,34 +162,41 @@ class Dataset:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.unit) and self.unit > 0):
             raise ValueError(f"unit must be a positive number, not {self.unit}")
-        object.__setattr__(self, "unit", float(self.unit))
         if self.binarization not in get_args(Binarization):
             raise ValueError(
                 f"binarization must be one of {get_args(Binarization)}, not {self.binarization!r}"
             )
-        unknown = [split for split in self.splits if split not in SPLITS]
-        if unknown or "train" not in self.splits:
+        if "train" not in self.splits or not set(self.splits) <= set(SPLITS):
             raise ValueError(
                 f"splits must be 'train' and perhaps 'validation' and 'test', "
                 f"not {list(self.splits)}"
             )
-        splits = {
-            split: {column: _checked(value, split, column) for column, value in columns.items()}
-            for split, columns in ((s, self.splits[s]) for s in SPLITS if s in self.splits)
-        }
         # The dictionaries are ours; whoever made the originals may go on changing theirs.
+        splits = {
+            split: {
+                column: validation.checked(value, f"{split}[{column!r}]")
+                for column, value in self.splits[split].items()
+            }
+            for split in SPLITS
+            if split in self.splits
+        }
         object.__setattr__(self, "splits", splits)
+        object.__setattr__(self, "unit", float(self.unit))
         if self.classes is not None:
             object.__setattr__(self, "classes", tuple(self.classes))
+        train = splits["train"]
         for split, columns in splits.items():
-            check_rows(columns, split)
-            self._check_like_train(split)
+            validation.check_rows(columns, split)
+            validation.check_like_train(columns, train, split)
             if "y" in columns:
-                self._check_labels(split)
-        self._check_image_shape()
-        if self.classes is not None and "y" not in splits["train"]:
+                validation.check_labels(columns["y"], f"{split}['y']", self.classes)
+        if self.classes is not None and "y" not in train:
             raise ValueError("classes are given but there is no column 'y' of labels")
-        self._check_binarization()
+        if self.image_shape is not None:
+            object.__setattr__(self, "image_shape", tuple(map(int, self.image_shape)))
+            validation.check_image_shape(self.image_shape, train.get("x"))
+        if self.binarization != "none":
+            validation.check_binarization(splits, self.unit, self.binarization)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -239,9 +244,11 @@ class Dataset:
             raise ValueError(f"seed must be in 0 .. 2**32 - 1, not {seed}")
         if "x" not in self.columns:
             raise ValueError(f"{self.name} has no column 'x' to binarize, only {self.columns}")
-        self._check_probabilities(list(self.splits))
+        for split, columns in self.splits.items():
+            validation.check_probabilities(columns["x"], self.unit, f"{split}['x']")
         if self.binarization != "none" or all(
-            _first_row(s["x"], self._is_grey) is None for s in self.splits.values()
+            validation.first_grey(columns["x"], self.unit) is None
+            for columns in self.splits.values()
         ):
             raise ValueError(f"{self.name} is binary already: use it as it is")
         dtype = torch.uint8 if how == "static" else self.splits["train"]["x"].dtype
@@ -288,162 +295,13 @@ class Dataset:
                 digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
         return {**self.describe(), "sha256": digest.hexdigest()}
 
-    def _is_grey(self, part: Tensor) -> Tensor:
-        return (part != 0) & (part != self.unit)
-
-    def _check_like_train(self, split: str) -> None:
-        train, other = self.splits["train"], self.splits[split]
-        if set(train) != set(other):
-            raise ValueError(
-                f"{split} has columns {sorted(other)} but train has {sorted(train)}: "
-                "add or drop the difference"
-            )
-        for column, value in other.items():
-            if value.shape[1:] != train[column].shape[1:]:
-                raise ValueError(
-                    f"a row of {split}[{column!r}] has shape {tuple(value.shape[1:])} but one of "
-                    f"train[{column!r}] has {tuple(train[column].shape[1:])}"
-                )
-            if value.dtype != train[column].dtype:
-                raise TypeError(
-                    f"{split}[{column!r}] is {value.dtype} but train[{column!r}] is "
-                    f"{train[column].dtype}: convert one of them"
-                )
-
-    def _check_labels(self, split: str) -> None:
-        y = self.splits[split]["y"]
-        if y.ndim != 1:
-            raise ValueError(
-                f"{split}['y'] must be a vector of labels, not of shape {tuple(y.shape)}; "
-                "for one-hot rows give y.argmax(1), for other covariates name the column otherwise"
-            )
-        if y.dtype != torch.int64:
-            raise TypeError(
-                f"{split}['y'] must hold int64 labels, not {y.dtype}: convert it with "
-                ".to(torch.int64), or name the column otherwise if it is not a label"
-            )
-        top = None if self.classes is None else len(self.classes)
-        wrong = (y < 0) if top is None else (y < 0) | (y >= top)
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            bounds = "0 or more" if top is None else f"0 .. {top - 1}, as there are {top} classes"
-            raise ValueError(
-                f"{split}['y'] has label {int(y[row])} in row {row}: expected {bounds}"
-            )
-
-    def _check_image_shape(self) -> None:
-        if self.image_shape is None:
-            return
-        shape = tuple(int(size) for size in self.image_shape)
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"image_shape must be (channels, height, width), not {shape}")
-        object.__setattr__(self, "image_shape", shape)
-        x = self.splits["train"].get("x")
-        if x is None or tuple(x.shape[1:]) != (math.prod(shape),):
-            found = "missing" if x is None else f"of shape {tuple(x.shape)}"
-            raise ValueError(
-                f"image_shape {shape} needs flat rows x of {math.prod(shape)} values, "
-                f"but x is {found}"
-            )
-
-    def _check_binarization(self) -> None:
-        if self.binarization == "none":
-            return
-        if "x" not in self.columns:
-            raise ValueError(f"binarization is {self.binarization!r} but there is no column 'x'")
-        if self.binarization == "dynamic":
-            self._check_probabilities(["train"])
-        for split, columns in self.splits.items():
-            if self.binarization == "dynamic" and split == "train":
-                continue
-            row = _first_row(columns["x"], self._is_grey)
-            if row is not None:
-                raise ValueError(
-                    f"binarization is {self.binarization!r}, so {split}['x'] must hold only 0 and "
-                    f'{self.unit:g}, but row {row} does not: leave it "none" and call binarized()'
-                )
-
-    def _check_probabilities(self, splits: list[str]) -> None:
-        for split in splits:
-            x = self.splits[split]["x"]
-            row = _first_row(x, lambda part: (part < 0) | (part > self.unit))
-            if row is not None:
-                low, high = (v / self.unit for v in (x[row].min().item(), x[row].max().item()))
-                raise ValueError(
-                    f"binarizing needs values in [0, 1] after division by the unit {self.unit:g}, "
-                    f"but row {row} of {split}['x'] spans {low:g} .. {high:g}; if these are grey "
-                    "levels, give their largest as the unit (255 for bytes), for instance with "
-                    "dataclasses.replace(dataset, unit=255.0)"
-                )
-
-
-def check_rows(columns: Mapping[str, Tensor], where: str) -> int:
-    """How many rows all the columns have.
-
-    Raises:
-        ValueError: there are no columns or no rows, or the columns' numbers differ.
-    """
-    rows = {column: len(value) for column, value in columns.items()}
-    if not rows:
-        raise ValueError(f"{where} has no columns: expected at least 'x'")
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"the columns of {where} must have one row a datum, but have {rows} rows")
-    count = next(iter(rows.values()))
-    if count == 0:
-        raise ValueError(f"{where} is empty: a split needs at least one row, or must be left out")
-    return count
-
-
-def _checked(value: Tensor, split: str, column: str) -> Tensor:
-    where = f"{split}[{column!r}]"
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{where} must be a tensor, not {type(value).__name__}; from_arrays() converts arrays"
-        )
-    if value.layout != torch.strided:
-        raise TypeError(f"{where} must be dense, not {value.layout}: call to_dense()")
-    if value.dtype not in _STORABLE:
-        raise TypeError(
-            f"{where} is {value.dtype}: expected booleans, integers (at most 64 bits, signed if "
-            "above 8) or real floats; for complex values store the parts in two columns"
-        )
-    if value.ndim == 0:
-        raise ValueError(f"{where} is a single number: expected one row a datum, rows first")
-    if value.shape[1:].numel() == 0:
-        raise ValueError(f"the rows of {where} hold no values: its shape is {tuple(value.shape)}")
-    if value.dtype in _FLOATS:
-        row = _first_row(value, lambda part: ~torch.isfinite(part))
-        if row is not None:
-            raise ValueError(
-                f"{where} has NaN or infinity, first in row {row}: remove such rows or fill them in"
-            )
-    return value.detach()
-
-
-def _parts(value: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Runs of rows of some megabytes, with the number of their first row.
-
-    A whole data set is never looked at, or made float, in one piece.
-    """
-    size = max(1, 2**20 // max(1, value.shape[1:].numel()))
-    for start in range(0, len(value), size):
-        yield start, value[start : start + size]
-
-
-def _first_row(value: Tensor, is_wrong: Any) -> int | None:
-    for start, part in _parts(value):
-        rows = is_wrong(part).reshape(len(part), -1).any(1)
-        if rows.any():
-            return start + int(rows.nonzero()[0])
-    return None
-
 
 def _draw(
     x: Tensor, unit: float, stream: np.random.RandomState, one: float, dtype: torch.dtype
 ) -> Tensor:
     """Bits of Bernoulli(x / unit) in the shape of x, stored as 0 and `one`."""
     drawn = torch.empty_like(x, dtype=dtype)
-    for start, part in _parts(x):
+    for start, part in validation.in_parts(x):
         probability = part.cpu().to(torch.float64).numpy() / unit
         bits = torch.from_numpy(stream.random_sample(probability.shape) < probability)
         drawn[start : start + len(part)] = (bits * one).to(dtype)

@@ -8,7 +8,7 @@ import torch
 import xarray
 from pyro import poutine
 
-import ppl_vae.arviz
+import ppl_vae.draws
 from ppl_vae.arviz import to_arviz
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.model import GenerativeModel, Program
@@ -201,7 +201,7 @@ def test_saved_and_read_back_equal(template, tmp_path):
 
 def test_runs_stay_small(template, monkeypatch):
     model, guide, data = template
-    monkeypatch.setattr(ppl_vae.arviz, "_ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(ppl_vae.draws, "_ROWS_AT_ONCE", 20)
     sizes = []
     hook = model.decoder.register_forward_hook(lambda m, i, out: sizes.append(out[..., 0].numel()))
     tree = to_arviz(model, guide, data, rows=6, draws=11)

@@ -231,46 +231,6 @@ def test_rows_that_are_no_images_are_strips():
     assert drawn(plots.interpolation(model, guide, X, None, steps=3)).shape == (11, 4)
 
 
-def test_image_grid_of_colors():
-    images = torch.zeros(1, 2, 3, 2, 2)
-    images[0, 0, 0] = 4.0  # red
-    images[0, 1] = torch.nan
-    canvas = drawn(plots.image_grid(images, column_labels=["a", "b"]))
-    assert canvas.shape == (2, 5, 3)
-    assert (canvas[:, :2] == [1, 0, 0]).all()
-    assert (canvas[:, 2:] == 1).all()
-    half = drawn(plots.image_grid(images, limits=(0, 8)))
-    assert (half[:, :2] == [0.5, 0, 0]).all()
-
-
-def test_curves_show_the_numbers_given():
-    metrics = [
-        {
-            "epoch": epoch,
-            "elbo": -100.0 + epoch,
-            "reconstruction": -90.0 + epoch,
-            "kl": 10.0 * epoch,
-            "validation_elbo": -101.0 if epoch == 2 else "",
-            "weight": epoch / 3,
-        }
-        for epoch in (1, 2, 3)
-    ]
-    figure = plots.curves(metrics)
-    elbo, reconstruction, kl, weight = figure.axes
-    assert list(elbo.lines[0].get_xdata()) == [1, 2, 3]
-    assert list(elbo.lines[0].get_ydata()) == [-99, -98, -97]
-    np.testing.assert_array_equal(elbo.lines[1].get_ydata(), [np.nan, -101, np.nan])
-    assert list(reconstruction.lines[0].get_ydata()) == [-89, -88, -87]
-    assert len(reconstruction.lines) == 1
-    assert list(kl.lines[0].get_ydata()) == [10, 20, 30]
-    assert list(weight.lines[0].get_ydata()) == [1 / 3, 2 / 3, 1]
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["training", "validation", "weight of KL (right)"]
-    assert elbo.get_ylabel() == "nats per datum"
-    constant = plots.curves([row | {"weight": 1.0} for row in metrics])
-    assert len(constant.axes) == 3
-
-
 def test_nothing_global_changes():
     """Neither pyplot, nor matplotlib's settings and backend, nor the random state."""
     import matplotlib.pyplot as plt
@@ -333,14 +293,6 @@ def test_errors_say_what_would_work():
     with pytest.raises(ValueError, match="'x' has no mean"):
         plots.samples(NoMean(), SHAPE)
     assert plots.samples(NoMean(), SHAPE, draw=True).axes
-    with pytest.raises(ValueError, match="1 or 3 channels"):
-        plots.image_grid(torch.zeros(1, 1, 2, 2, 2))
-    with pytest.raises(ValueError, match="2 row labels for 1 rows"):
-        plots.image_grid(torch.zeros(1, 1, 1, 2, 2), row_labels=["a", "b"])
-    with pytest.raises(ValueError, match="no metrics"):
-        plots.curves([])
-    with pytest.raises(ValueError, match="have no 'kl'"):
-        plots.curves([{"epoch": 1, "elbo": 1.0, "reconstruction": 1.0}])
 
 
 class Labeled(GenerativeModel):

@@ -7,13 +7,13 @@ import pytest
 import scipy.stats
 import torch
 import xarray
+
+from ppl_vae import draws
+from ppl_vae.checks import CheckResult, check, population_predictive
+from ppl_vae.checks.statistics import zeros
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.models._template import Template
 from ppl_vae.models.ppca import PPCA
-
-import ppl_vae.checks.predictive as predictive
-from ppl_vae.checks import CheckResult, check, population_predictive
-from ppl_vae.checks.result import holm, p_value
 from ppl_vae.nn import MLP
 
 ENOUGH = 300  # replicates with which seven statistics can fail at 0.05
@@ -109,39 +109,6 @@ def test_the_truth_passes(pair, truth):
     assert by_name(result)["mean"]["observed"] == pytest.approx(truth.double().mean().item())
 
 
-def test_default_statistics_by_hand():
-    x = torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0], [4.0, 8.0, 5.0]], dtype=torch.float64)
-    values = {name: float(statistic(x)) for name, statistic in predictive.STATISTICS.items()}
-    totals = np.array([6.0, 10.0, 17.0])
-    assert values == pytest.approx(
-        {
-            "mean": x.numpy().mean(),
-            "standard deviation": x.numpy().std(ddof=1),
-            "fraction of zeros": 1 / 9,
-            "spread of row totals": totals.std(ddof=1),
-            "smallest row total": 6.0,
-            "largest row total": 17.0,
-            # The third column does not vary: one pair is left.
-            "neighbor correlation": np.corrcoef(x[:, 0], x[:, 1])[0, 1],
-        }
-    )
-
-
-def test_p_value_by_hand():
-    replicated = np.arange(9.0)
-    assert p_value(100.0, replicated)[0] == pytest.approx(2 * 1 / 10)
-    assert p_value(-100.0, replicated)[0] == pytest.approx(2 * 1 / 10)
-    assert p_value(8.0, replicated)[0] == pytest.approx(2 * 2 / 10)  # a tie counts against
-    assert p_value(4.0, replicated)[0] == 1.0
-    assert p_value(1.0, np.ones(9))[0] == 1.0
-    assert p_value(100.0, replicated)[1] == pytest.approx(2 * np.sqrt(0.1 * 0.9 / 9))
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-
-
 def test_statistics_that_say_nothing_are_not_applicable():
     model, guide = ppca(observed=1)
     torch.manual_seed(1)
@@ -230,7 +197,7 @@ def test_global_latents_come_from_the_guide():
 
 def test_runs_stay_small(pair, truth, monkeypatch):
     model, guide = pair
-    monkeypatch.setattr(predictive, "_ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(draws, "_ROWS_AT_ONCE", 64)
     sizes = []
     hook = model.likelihood.net.register_forward_hook(lambda m, i, out: sizes.append(len(out)))
     result = population_predictive(
@@ -274,9 +241,7 @@ def test_plot_shows_each_statistic_and_the_data(pair, truth):
 def test_plot_of_replicates_that_are_all_the_same(pair, truth):
     x = truth.clone()
     x[:5, 0] = 0
-    result = population_predictive(
-        *pair, as_test(x), statistics={"zeros": predictive.zeros}, replicates=50
-    )
+    result = population_predictive(*pair, as_test(x), statistics={"zeros": zeros}, replicates=50)
     assert result.plot().axes
 
 
