@@ -31,7 +31,7 @@ lint: .venv/ready
 types: .venv/ready
 	rm -rf build
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
-	$(BIN)/basedpyright --project build/typed
+	$(BIN)/basedpyright
 
 .venv/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
