@@ -80,6 +80,18 @@ def find(what: str, name: str, members: Mapping[str, T]) -> T:
     raise ValueError(f"unknown {what} {name!r}; {nearest(name, members)}")
 
 
+def attribute(package: str, name: str, members: Callable[[], Mapping[str, Any]]) -> Any:
+    """What ``from package import name`` gives beside the package's modules: a member.
+
+    Raises:
+        AttributeError: there is none of that name.
+    """
+    # Python asks for submodules and dunder names here too; those are not class names.
+    if name[:1].isupper() and name in (found := members()):
+        return found[name]
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
 def first_line(member: Callable[..., Any]) -> str:
     """The first line of a docstring."""
     return (inspect.getdoc(member) or "").partition("\n")[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ppl_vae.guides
 import ppl_vae.models
 from ppl_vae import zoo
 from ppl_vae.cli import main
@@ -73,3 +74,10 @@ def test_names_are_found_in_any_case(name: str) -> None:
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"unknown guide 'Flow'; known: FullRank, MeanField"):
         zoo.find("guide", "Flow", zoo.guides())
+
+
+def test_members_are_attributes_of_their_package() -> None:
+    assert ppl_vae.guides.MeanField is MeanField
+    assert ppl_vae.models.PPCA is zoo.models()["PPCA"]
+    with pytest.raises(AttributeError, match="has no attribute 'Flow'"):
+        ppl_vae.guides.Flow  # noqa: B018
