@@ -33,8 +33,8 @@ from torch import nn
 import ppl_vae
 from ppl_vae import plots
 from ppl_vae.checks.statistics import STATISTICS
-from ppl_vae.guides.mean_field import MeanField
-from ppl_vae.models.ppca import PPCA
+from ppl_vae.guides import MeanField
+from ppl_vae.models import PPCA
 from ppl_vae.nn import MLP
 from ppl_vae.show import graph
 
