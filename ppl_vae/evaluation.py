@@ -202,7 +202,7 @@ def _figures(
         log_q = q.log_prob(node["value"]).double() + auxiliary.get(name, 0.0)
         kl = log_q - log_p
         if (closed := _kl_per_latent(q, node["fn"])) is not None:
-            figures["kl per latent", name] = closed.double()
+            figures["kl per latent", name] = closed.double().reshape(*kl.shape, -1)
         if not any(frame.name == ROWS for frame in node["cond_indep_stack"]):
             figures["global kl", name] = kl
             continue
