@@ -56,7 +56,7 @@ class FullRank(AmortizedGuide):
             mean = loc[..., start:stop]
             if noise:
                 before = factor[..., start:stop, :start]
-                mean = mean + (before @ torch.cat(noise, -1).unsqueeze(-1)).squeeze(-1)
+                mean = mean + (before * torch.cat(noise, -1).unsqueeze(-2)).sum(-1)
             q = CholeskyNormal(mean, scale_tril=own)
             value = given.get(site.name)
             if value is None:

@@ -38,7 +38,17 @@ _HOMES = {
     "to_arviz": "arviz",
 }
 
-_MODULES = {"data", "guides", "likelihoods", "models", "nn", "objectives", "plots", "priors"}
+_MODULES = {
+    "conditionals",
+    "data",
+    "guides",
+    "likelihoods",
+    "models",
+    "nn",
+    "objectives",
+    "plots",
+    "priors",
+}
 
 __all__ = sorted([*_HOMES, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 

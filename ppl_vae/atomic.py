@@ -37,7 +37,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise OSError(
             error.errno,
             f"could not write {len(data)} bytes ({error.strerror}); what was saved before is "
-            f"intact: {advice}, then go on with --resume",
+            f"intact: {advice}, then try again; `ppl-vae fit --resume` goes on with a run",
             str(path),
         ) from error
     finally:

@@ -27,7 +27,7 @@ class AtCenters(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not (msg["done"] or msg["is_observed"] or poutine.util.site_is_subsample(msg)):
             with suppress(NotImplementedError):
-                msg["value"], msg["done"] = _center(msg["fn"]), True
+                msg["value"], msg["done"] = center(msg["fn"]), True
 
 
 def posterior_centers(
@@ -67,11 +67,16 @@ def mean(fn: Any, site: str) -> Tensor:
     raise ValueError(f"the distribution of {site!r} has no mean: samples(draw=True) shows draws")
 
 
-def _center(fn: Any) -> Any:
+def center(fn: Any) -> Any:
+    """The center of a distribution, of its batch and event shape.
+
+    Raises:
+        NotImplementedError: it has neither a mean nor a mode in closed form.
+    """
     if isinstance(fn, Independent):
-        return _center(fn.base_dist)
+        return center(fn.base_dist)
     if isinstance(fn, TransformedDistribution):
-        value = _center(fn.base_dist)
+        value = center(fn.base_dist)
         for transform in fn.transforms:
             value = transform(value)
         return value

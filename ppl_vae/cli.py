@@ -7,6 +7,7 @@ Options are made from signatures with jsonargparse; a recipe's own arguments joi
 from __future__ import annotations
 
 import inspect
+import itertools
 import json as json_
 import re
 import sys
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from ppl_vae.names import nearest
@@ -35,12 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = chosen.pop("subcommand")
     try:
         _COMMANDS[command](**chosen[command])
-    except KeyboardInterrupt:
-        hint = "; go on with: ppl-vae fit --resume DIR" if command == "fit" else ""
+    except KeyboardInterrupt as interrupt:
+        hint = f"; go on with: ppl-vae fit --resume {interrupt}" if interrupt.args else ""
         print(f"ppl-vae {command}: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"ppl-vae {command}: {error}", file=sys.stderr)
+        # Pyro appends tables of shapes to an error's sentence.
+        print(
+            f"ppl-vae {command}: {str(error).partition(' Trace Shapes:')[0].strip()}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -92,8 +98,8 @@ def fit_command(
     resume: Path | None = None,
     out: Path | None = None,
     epochs: int | None = None,
-    seed: int = 0,
-    device: Device = "auto",
+    seed: int | None = None,
+    device: Device | None = None,
     precision: Literal["32-true", "64-true", "bf16-mixed"] | None = None,
     batch_size: int | None = None,
     optimizer: Literal["adam", "adamw", "adamax"] | None = None,
@@ -118,8 +124,8 @@ def fit_command(
         resume: folder of a run to go on with, to the same bits as if it had never stopped.
         out: folder of the run; new, or empty. Default: runs/RECIPE-DATE-TIME.
         epochs: passes over the training rows.
-        seed: of weights, noise and order of the rows.
-        device: where to compute.
+        seed: of weights, noise and order of the rows. Default: 0.
+        device: where to compute. Default: auto.
         precision: of the arithmetic.
         batch_size: rows a step.
         optimizer: its name.
@@ -138,7 +144,7 @@ def fit_command(
 
     options: dict[str, Any] = {
         "epochs": epochs,
-        "device": None if resume is not None and device == "auto" else device,
+        "device": device,
         "precision": precision,
         "batch_size": batch_size,
         "optimizer": optimizer,
@@ -157,12 +163,13 @@ def fit_command(
             raise ValueError(
                 "--resume DIR goes on with the run in DIR: give no RECIPE and no --out"
             )
-        fitted = recipes.resume(resume, **options)
+        fitted = recipes.resume(resume, seed=seed, **options)
     elif recipe is not None:
         if out is None:
             name = recipe.rpartition(":")[2]
             out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed, **options)
+            print(f"run: {out}", file=sys.stderr)
+        fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed or 0, **options)
     else:
         raise ValueError("give a RECIPE (ppl-vae list names them), or --resume DIR")
     assert fitted.run is not None
@@ -257,6 +264,8 @@ def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto
     from ppl_vae.recipes import load
     from ppl_vae.sites import aside
 
+    if n < 1:
+        raise ValueError(f"--n {n}: expected at least 1")
     fitted = load(run, device=device)
     with aside():
         torch.manual_seed(seed)
@@ -297,41 +306,64 @@ class _Parser(ArgumentParser):
 
 
 def _parser(given: Sequence[str]) -> ArgumentParser:
-    parser = _Parser(prog="ppl-vae", description="Write, fit and trust VAEs as Pyro programs.")
+    parser = _Parser(
+        prog="ppl-vae",
+        description="Write, fit and trust VAEs as Pyro programs.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subcommands(title="commands", metavar="COMMAND", description=None)
     for name, function in _COMMANDS.items():
-        first_line = (inspect.getdoc(function) or "").partition("\n")[0]
+        said = docstring_parser.parse(inspect.getdoc(function) or "")
+        first_line = said.short_description or ""
         sub = _Parser(description=first_line)
+        # Flags stand alone: --json, not --json true.
+        parameters = inspect.signature(function).parameters.values()
+        flags = {p.name for p in parameters if p.annotation == "bool"}
+        for parameter in said.params:
+            if parameter.arg_name in flags:
+                sub.add_argument(
+                    f"--{parameter.arg_name}", action="store_true", help=parameter.description
+                )
         if name == "fit":
             sub.add_argument("recipe", nargs="?", help="name, or path/to/file.py:function")
-            sub.add_function_arguments(function, skip={"recipe", "arguments"})
+            sub.add_function_arguments(function, skip={"recipe", "arguments", *flags})
             _add_recipe(parser, sub, given)
         else:
-            sub.add_function_arguments(function, as_positional=True)
-        for action in sub._actions:
-            if getattr(action, "_typehint", None) is bool:  # --json alone means --json true
-                action.nargs, action.const = "?", True
+            sub.add_function_arguments(function, as_positional=True, skip={*flags})
         commands.add_subcommand(name, sub, help=first_line[:1].lower() + first_line[1:].rstrip("."))
     return parser
 
 
 def _add_recipe(parser: ArgumentParser, fit_parser: ArgumentParser, given: Sequence[str]) -> None:
     """Give ``fit`` the arguments of the recipe that the command line names, if it names one."""
-    if given[:1] != ["fit"]:
+    if given[:1] != ["fit"] or any(word.partition("=")[0] == "--resume" for word in given):
         return
-    values = {o for a in fit_parser._actions if a.nargs != 0 for o in a.option_strings}
-    words = iter(given[1:])
-    for word in words:
-        if word in values:
-            next(words, None)  # an option's value, not the recipe
-        elif not word.startswith("-"):
-            from ppl_vae.recipes import find_recipe
+    taking = {o for a in fit_parser._actions if a.nargs != 0 for o in a.option_strings}
+    # Words that are neither options nor the values of those known so far; a recipe's own options
+    # are not, so their values are among the words.
+    words = [
+        word
+        for before, word in itertools.pairwise(given)
+        if not word.startswith("-") and before not in taking
+    ]
+    if not words:
+        return
+    from ppl_vae.recipes import find_recipe, recipes
 
-            try:
-                fit_parser.add_function_arguments(find_recipe(word))
-            except ValueError as error:
-                parser.error(str(error))
-            return
+    known = {*recipes(), *(word for word in words if ".py:" in word)}
+    recipe = next((word for word in words if word in known), words[0])
+    try:
+        function = find_recipe(recipe)
+    except ValueError as error:
+        parser.error(str(error))
+    reserved = (
+        inspect.signature(function).parameters.keys() & inspect.signature(fit_command).parameters
+    )
+    if reserved:
+        parser.error(
+            f"recipe {recipe!r} has an argument {reserved.pop()!r}, which fit has: rename it"
+        )
+    fit_parser.add_function_arguments(function)
 
 
 def _underscored(word: str) -> str:

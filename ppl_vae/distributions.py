@@ -30,7 +30,8 @@ class CholeskyNormal(dist.MultivariateNormal):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        value = self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        # No matrix product: autocast would make it coarser than the density of what is drawn.
+        value = self.loc + (self.scale_tril * noise.unsqueeze(-2)).sum(-1)
         self._drawn = value, noise
         return value
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +14,20 @@ from torch.distributions import Independent, kl_divergence
 from torch.distributions import Normal as TorchNormal
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppl_vae.centers import center
 from ppl_vae.data import Rows, as_dataset
 from ppl_vae.draws import observed, particles
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters
 from ppl_vae.objectives import Terms
-from ppl_vae.sites import check_pair, evaluating, paired_traces, read_sites, sample_nodes
+from ppl_vae.sites import (
+    Site,
+    check_data,
+    check_pair,
+    evaluating,
+    paired_traces,
+    read_sites,
+    sample_nodes,
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,9 @@ class Evaluation:
             stored (a grey value stored as a byte, not as a fraction).
         kl_per_site: KL of each latent site.
         kl_per_latent: KL of each coordinate of a site, where q and p are diagonal normals.
-        active_units: latents whose posterior mean varies over the rows by more than 0.01
-            (Burda et al. 2016, arXiv:1509.00519, section 5.2: variance).
+        active_units: latents whose posterior mean has a variance over the rows of more than 0.01
+            (Burda et al. 2016, arXiv:1509.00519, section 5.2). Where a family has no mean in closed
+            form, the image of its base's mean stands in.
         samples, split, rows, seed: what the figures were computed from.
     """
 
@@ -52,7 +64,11 @@ class Evaluation:
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The figures in JSON types; a standard error of a single row is None."""
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 ACTIVE = 0.01
@@ -77,14 +93,17 @@ def evaluate(
     the rows, is part of the ELBO. Leaves torch's random state as it was.
 
     Args:
-        data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes.
+        data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes. A bare tensor is split as
+            ``fit`` splits it, so that the same tensor gives rows that were held out; to use all
+            rows of a test set, give ``{"train": ..., "test": x}``.
         samples: K, importance draws a row.
         seed: of the draws.
         memory: MiB that the intermediate tensors may take; draws and rows are split to fit.
 
     Raises:
-        ValueError: ``samples`` or ``memory`` below 1.
-        PairError: model and guide do not fit each other.
+        ValueError: ``samples`` or ``memory`` below 1; an enumerated site, or one in a plate besides
+            that of the rows.
+        PairError: model, guide and data do not fit each other.
         FloatingPointError: discrete data with a probability above 1: a diverged guide.
     """
     if samples < 1 or memory < 1:
@@ -95,6 +114,8 @@ def evaluate(
         probe = observed(model, rows, slice(0, 4))
         check_pair(model, guide, **probe)
         sites = read_sites(model, **probe)
+        check_measurable(sites.values())
+        check_data(model, (observed(model, rows, part) for part in _parts(len(rows), 1000)))
         capacity = max(1, memory * 2**20 // _bytes_per_draw(model, guide, probe))
         columns = _columns(model, guide, rows, samples, capacity)
     kl = _kl_per_site(columns)
@@ -144,6 +165,29 @@ def mean_elbo(model: GenerativeModel, guide: torch.nn.Module, rows: Rows, *, see
     return Terms(columns["reconstruction", ""].mean(), torch.tensor(kl))
 
 
+def check_measurable(sites: Iterable[Site]) -> None:
+    """Refuse what rows' figures cannot be computed of yet.
+
+    Raises:
+        ValueError: a site that the model enumerates, or one in a plate besides the rows'.
+    """
+    for site in sites:
+        if site.enumerated:
+            raise ValueError(
+                f"site {site.name!r} is enumerated: its ELBO a row needs a sum over its values, "
+                "which is not there yet; fit such a pair with ppl_vae.SVI and TraceEnum_ELBO"
+            )
+        if set(site.plates) - {ROWS}:
+            raise ValueError(
+                f"site {site.name!r} stands in plates {', '.join(site.plates)}; expected none but "
+                f"{ROWS!r}: make the other dims event dims with .to_event"
+            )
+
+
+def _parts(rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 _Key = tuple[str, str]
 """A figure and the site it belongs to ("" for all together)."""
 
@@ -156,14 +200,14 @@ def _columns(
     draws = min(samples, capacity)
     step = max(1, capacity // draws)
     columns: dict[_Key, Tensor] = {}
-    for start in range(0, len(rows), step):
-        batch = observed(model, rows, slice(start, start + step))
+    for part in _parts(len(rows), step):
+        batch = observed(model, rows, part)
         for key, value in _means_over_draws(model, guide, batch, samples, draws).items():
             if key not in columns:
                 # All at once: small results allocated between large intermediate ones would
                 # keep the allocator from using the same memory again for the next part.
                 columns[key] = torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
-            columns[key][start : start + step] = value
+            columns[key][part] = value
     return columns
 
 
@@ -209,7 +253,8 @@ def _figures(
         figures["kl", name] = kl
         elbo = elbo - kl
         if not q.support.is_discrete:
-            figures["posterior mean", name] = _posterior_mean(q, node["value"]).double()
+            with suppress(NotImplementedError):
+                figures["posterior mean", name] = center(q).double()
     figures["reconstruction", ""] = torch.as_tensor(reconstruction)
     figures["elbo", ""] = elbo + figures["reconstruction", ""]
     return figures
@@ -247,13 +292,6 @@ def _kl_per_latent(q: Any, p: Any) -> Tensor | None:
     if isinstance(q, TorchNormal) and isinstance(p, TorchNormal):
         return kl_divergence(q, p)
     return None
-
-
-def _posterior_mean(q: Any, value: Tensor) -> Tensor:
-    try:
-        return q.mean
-    except NotImplementedError:  # a transformed distribution: the draws' mean stands in
-        return value
 
 
 class _OutputBytes(TorchDispatchMode):

@@ -17,8 +17,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl_vae.conditionals import entrywise
+
 ImageShape = tuple[int, int, int]
 """Channels (1 or 3), height, width."""
+
 
 Limits = tuple[float, float]
 """The values shown as black and white, or as no and full color."""
@@ -169,8 +172,7 @@ def filled(values: Tensor, columns: int) -> Tensor:
 
 def limits_for(support: Any, *values: Tensor) -> Limits:
     """The bounds of a likelihood's support, where it has them, else of the values."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = entrywise(support)
     if support is constraints.boolean:
         return 0.0, 1.0
     low, high = _span(*values)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import torch
@@ -15,13 +15,14 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
-from ppl_vae.data import Dataset, Rows, as_dataset
+from ppl_vae.data import Dataset, as_dataset
+from ppl_vae.evaluation import check_measurable
 from ppl_vae.loop import TrainingLoop, interruption
 from ppl_vae.model import GenerativeModel
 from ppl_vae.objectives import LinearWarmup, Objective, Schedule, Training, plain_elbo
 from ppl_vae.progress import tensorboard_writer, training_progress
 from ppl_vae.run import Run
-from ppl_vae.sites import aside, check_data, check_pair
+from ppl_vae.sites import aside, check_data, check_pair, read_sites
 from ppl_vae.svi import SVI, parameters
 
 # Fused: Adam's update is a third of a small model's step otherwise.
@@ -81,7 +82,7 @@ def fit(
         seed: of the noise and of the order of the rows.
         out: folder of the run; None keeps nothing on disk. It must not hold another run.
         resume: go on with the run in ``out``, to the same bits as if it had never stopped (same
-            machine, same arguments).
+            machine, same arguments; more epochs may be asked for, but not with "cosine").
         objective: what is maximized; None takes :func:`ppl_vae.objectives.plain_elbo`.
         optimizer: "adam", "adamw" or "adamax".
         learning_rate, weight_decay: of the optimizer, for a loss in nats per datum.
@@ -100,30 +101,38 @@ def fit(
         record: more fields for ``run.json``, such as the recipe.
 
     Raises:
-        ValueError: an argument out of its range; the sentence names it and what was expected.
+        ValueError: an argument out of its range; the sentence names it and what was expected. An
+            enumerated site. A run to resume that has other data, seed or settings.
         PairError: guide or data do not fit the model.
         NonFiniteLoss: the loss became NaN or infinite; names the site. The last good checkpoint
             is kept.
         FileExistsError: ``out`` holds another run.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
-    _check_arguments(locals())
+    settings = locals()
+    _check_arguments(settings)
     fabric = Fabric(accelerator=torch_device(device), devices=1, precision=_precision(precision))
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    model.to(fabric.device, dtype)
-    guide.to(fabric.device, dtype)
+    model.to(fabric.device, dtype).train()
+    guide.to(fabric.device, dtype).train()
     dataset = as_dataset(data)
     train = dataset.split("train")
     validation = dataset.split("validation") if "validation" in dataset.splits else None
     if validation is None and (patience is not None or schedule == "plateau"):
         raise ValueError(f"patience and plateau need a validation split; {dataset.name} has none")
-    _check_rows(model, train, validation, dtype)
+    with aside():
+        # Every value that training will see, once, so that no step needs to look.
+        for rows in (train, validation):
+            if rows is not None:
+                batches = rows.batches(1000, fabric.device, dtype)
+                check_data(model, map(model.observed, batches))
 
     with ExitStack() as stack:
         stack.enter_context(aside())
         stack.enter_context(pyro.validation_enabled(False))
         torch.manual_seed(seed)
         example = model.observed(train.batch(slice(0, batch_size), fabric.device, dtype))
+        check_measurable(read_sites(model, **example).values())
         check_pair(model, guide, **example, total=len(train))
         training = Training(
             objective or plain_elbo(model, guide, **example), len(train), fabric.autocast
@@ -132,6 +141,21 @@ def fit(
         if not held:
             raise ValueError(f"{type(model).__name__} and its guide have nothing to learn")
         optim = OPTIMIZERS[optimizer](held, learning_rate, weight_decay)
+        run = None
+        if out is not None:
+            about = {
+                "model": type(model).__name__,
+                "guide": type(guide).__name__,
+                "parameters": sum(p.numel() for p in held),
+                "data": dataset.fingerprint(),
+                "seed": seed,
+                "weights": "last" if patience is None else "best",
+                "fit": {name: _described(settings[name]) for name in _SETTINGS}
+                | {"device": fabric.device.type},
+            }
+            run = _reopen(out, about) if resume else Run.create(out, about | dict(record or {}))
+            stack.enter_context(run.lock())
+            run.update(status="running", fit=about["fit"])
         loop = TrainingLoop(
             model=model,
             guide=guide,
@@ -149,28 +173,95 @@ def fit(
             warmup=LinearWarmup(warmup) if isinstance(warmup, int | float) else warmup,
             patience=patience,
             checkpoint_seconds=checkpoint_seconds,
-            run=_open(out, resume, dataset, model, guide, seed, epochs, patience, record),
+            run=run,
         )
         loop.start(resume)
-        write = stack.enter_context(
-            tensorboard_writer(
-                loop.run.folder / "tensorboard" if tensorboard and loop.run else None
-            )
-        )
+        folder = run.folder / "tensorboard" if tensorboard and run is not None else None
+        write = stack.enter_context(tensorboard_writer(folder, loop.epoch))
         show = stack.enter_context(training_progress(epochs, loop.epoch, enabled=progress))
         interrupted = stack.enter_context(interruption())
         loop.fit(lambda row: (show(row), write(row)), interrupted)
-    return Fitted(model, guide, dataset, loop.history, loop.run)
+    return Fitted(model, guide, dataset, loop.history, run)
+
+
+# What decides to which bits a run leads, besides its data and its seed.
+_SETTINGS = (
+    "epochs",
+    "batch_size",
+    "objective",
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "schedule",
+    "max_grad_norm",
+    "warmup",
+    "patience",
+    "precision",
+)
+
+
+def _described(value: Any) -> Any:
+    """A setting as ``run.json`` holds it: as it is, or by what it is called."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    return repr(value) if is_dataclass(value) else getattr(value, "__qualname__", str(type(value)))
+
+
+def _reopen(folder: str | Path, about: Mapping[str, Any]) -> Run:
+    """The run in a folder, if going on as ``about`` says leads to the same bits.
+
+    Raises:
+        ValueError: other data, seed or settings; names the first that differs.
+    """
+    run = Run.open(folder)
+    was, now = run.record, about
+    if was["data"]["sha256"] != now["data"]["sha256"]:
+        raise ValueError(
+            f"{run.folder} was fitted to other data: {was['data']['name']} with sha256 "
+            f"{was['data']['sha256'][:12]}, now {now['data']['sha256'][:12]}"
+        )
+    pairs = {"seed": (was["seed"], now["seed"])} | {
+        name: (was["fit"].get(name), value) for name, value in now["fit"].items()
+    }
+    more = pairs.pop("epochs")
+    if was["fit"]["schedule"] == "cosine":
+        pairs["epochs"] = more  # the schedule's length
+    for name, (before, after) in pairs.items():
+        if before != after:
+            raise ValueError(
+                f"{run.folder} was begun with {name}={before}: going on with {name}={after} would "
+                "be another run; leave it as it was, or give another folder"
+            )
+    if more[1] < was.get("epochs_done", 0):
+        raise ValueError(
+            f"{run.folder} has {was['epochs_done']} epochs already: epochs={more[1]} would take "
+            "some of them back"
+        )
+    return run
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:
+    def refuse(name: str, expected: str) -> NoReturn:
+        raise ValueError(f"{name}={given[name]!r}: expected {expected}")
+
     for name in ("epochs", "batch_size"):
         if not (isinstance(given[name], int) and given[name] >= 1):
-            raise ValueError(f"{name}={given[name]}: expected a whole number of at least 1")
-    if given["patience"] is not None and given["patience"] < 1:
-        raise ValueError(f"patience={given['patience']}: expected at least 1, or None")
-    if not (given["learning_rate"] > 0 and math.isfinite(given["learning_rate"])):
-        raise ValueError(f"learning_rate={given['learning_rate']}: expected a positive number")
+            refuse(name, "a whole number of at least 1")
+    if not isinstance(given["seed"], int):
+        refuse("seed", "a whole number")
+    if given["patience"] is not None and not given["patience"] >= 1:
+        refuse("patience", "at least 1, or None")
+    for name in ("learning_rate", "max_grad_norm"):
+        value = given[name]
+        if name == "max_grad_norm" and value is None:
+            continue
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            refuse(name, "a positive number")
+    for name in ("weight_decay", "checkpoint_seconds"):
+        if not given[name] >= 0:
+            refuse(name, "a number of at least 0")
+    if given["tensorboard"] and given["out"] is None:
+        refuse("tensorboard", "out=, the folder of a run, with it")
     if given["optimizer"] not in OPTIMIZERS:
         raise ValueError(
             f"optimizer={given['optimizer']!r}: expected one of {', '.join(OPTIMIZERS)}"
@@ -205,17 +296,6 @@ def _precision(precision: str) -> Any:
     return precision
 
 
-def _check_rows(
-    model: GenerativeModel, train: Rows, validation: Rows | None, dtype: torch.dtype
-) -> None:
-    """Every value that training will see, once, so that no step needs to look."""
-    device = next(model.parameters()).device
-    with aside():
-        for rows in (train, validation):
-            if rows is not None:
-                check_data(model, map(model.observed, rows.batches(1000, device, dtype)))
-
-
 def _scheduler(
     schedule: str | Callable[[torch.optim.Optimizer], LRScheduler] | None,
     optimizer: torch.optim.Optimizer,
@@ -226,41 +306,3 @@ def _scheduler(
     if schedule == "plateau":
         return ReduceLROnPlateau(optimizer, mode="max")
     return schedule(optimizer) if callable(schedule) else None
-
-
-def _open(
-    out: str | Path | None,
-    resume: bool,
-    dataset: Dataset,
-    model: GenerativeModel,
-    guide: nn.Module,
-    seed: int,
-    epochs: int,
-    patience: int | None,
-    record: Mapping[str, Any] | None,
-) -> Run | None:
-    if out is None:
-        return None
-    fingerprint = dataset.fingerprint()
-    if not resume:
-        about = {
-            "model": type(model).__name__,
-            "guide": type(guide).__name__,
-            "parameters": sum(p.numel() for p in parameters(model, guide)),
-            "data": fingerprint,
-            "seed": seed,
-            "epochs": epochs,
-            "weights": "last" if patience is None else "best",
-            "status": "running",
-        }
-        return Run.create(out, {**about, **(record or {})})
-    run = Run.open(out)
-    if run.record["data"]["sha256"] != fingerprint["sha256"]:
-        raise ValueError(
-            f"{run.folder} was fitted to other data: {run.record['data']['name']} with sha256 "
-            f"{run.record['data']['sha256'][:12]}, now {fingerprint['sha256'][:12]}"
-        )
-    if run.record["seed"] != seed:
-        raise ValueError(f"{run.folder} has seed {run.record['seed']}, not {seed}")
-    run.update(status="running", epochs=epochs)
-    return run

@@ -23,7 +23,8 @@ class Factorized(Program):
     """A guide written out: which conditional draws each site, and from what.
 
     ``Factorized(y=(q_y, ["x"]), z=(q_z, ["x", "y"]))`` is ``q(y | x) q(z | x, y)``, drawn in the
-    order written. A site that is given when the guide runs is observed, and is not drawn.
+    order written. A site that is given when the guide runs is observed, and is not drawn; a keyword
+    that no site is conditioned on is ignored, since the model may observe more than the guide.
     Positional arguments stand for the observables in the order in which contexts first name
     them (here x, then y).
 
@@ -55,7 +56,7 @@ class Factorized(Program):
         total: int | None = None,
         **kwargs: Tensor | None,
     ) -> dict[str, Tensor]:
-        known = tuple(dict.fromkeys([*self.names, *self.contexts]))
+        known = tuple(dict.fromkeys([*self.names, *self.contexts, *kwargs]))
         values = by_name(known, args, kwargs)
         with self.rows(*values.values(), n=n, total=total):
             for name, context in self.contexts.items():
@@ -92,7 +93,7 @@ class AmortizedGuide(Program):
     and ``self.features``, and ``sample_rows``, which draws the local sites.
 
     Args:
-        model: the model whose sites are read; it is not kept.
+        model: the model whose sites are read; its parameters stay its own.
         encoder: net from the context to features, ``(..., context)`` to ``(..., features)``.
         args, kwargs: an example batch of observables, ``(rows, event)``, as the model takes it.
 

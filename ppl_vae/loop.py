@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ppl_vae.checkpoints import Checkpoint
+from ppl_vae.checkpoints import Checkpoint, CorruptCheckpoint
 from ppl_vae.data import Rows
 from ppl_vae.evaluation import mean_elbo
 from ppl_vae.model import GenerativeModel
@@ -74,7 +75,7 @@ class TrainingLoop:
                     self.seconds += time.monotonic() - started
                     self.save()
                     self._status("interrupted")
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(self.run.folder if self.run is not None else "")
                 if time.monotonic() - self.saved_at > self.checkpoint_seconds:
                     self.save()
             self.seconds += time.monotonic() - started
@@ -143,7 +144,7 @@ class TrainingLoop:
         return row
 
     def _out_of_patience(self) -> bool:
-        if self.patience is None or self.epoch <= self.warmup.ends:
+        if self.patience is None:
             return False
         return self.epoch - max(self.best_epoch, self.warmup.ends) >= self.patience
 
@@ -200,13 +201,27 @@ class TrainingLoop:
         self.epoch, self.batch, self.sums = state["epoch"], state["batch"], list(state["sums"])
         self.best_elbo, self.best_epoch = state["best_elbo"], state["best_epoch"]
         self.seconds = state["seconds"]
-        if self.patience is not None and (best := self.run.load("best")) is not None:
-            self.best = best.tensors
+        if self.patience is not None:
+            self._restore_best()
         self.run.rewind(self.epoch)
         self.history = self.run.metrics()
         torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+
+    def _restore_best(self) -> None:
+        assert self.run is not None
+        try:
+            best = self.run.load("best")
+        except CorruptCheckpoint as error:
+            warnings.warn(
+                f"{error}; the search for the best weights begins anew",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.best_elbo, self.best_epoch = -math.inf, 0
+        else:
+            self.best = None if best is None else best.tensors
 
     def _status(self, status: str) -> None:
         if self.run is not None:

@@ -29,10 +29,10 @@ def to_plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"{where} has the key {wrong[0]!r}: JSON keeps only strings as keys")
-        if "$float" in value:
-            raise ValueError(f"{where} has the key '$float', which stands for inf and nan here")
+        if any(not isinstance(key, str) for key in value):
+            return {"$pairs": [to_plain(list(pair), where) for pair in value.items()]}
+        if taken := value.keys() & {"$float", "$pairs"}:
+            raise ValueError(f"{where} has the key {taken.pop()!r}, which has a meaning here")
         return {key: to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     kind = type(value).__name__
     raise TypeError(f"{where} is a {kind}, which JSON cannot hold; tensors go with the tensors")
@@ -44,8 +44,10 @@ def loads(data: bytes) -> Any:
     Raises:
         ValueError: not valid JSON.
     """
-    return json.loads(data, object_hook=_floats)
+    return json.loads(data, object_hook=_restored)
 
 
-def _floats(value: dict[str, Any]) -> Any:
-    return float(value["$float"]) if value.keys() == {"$float"} else value
+def _restored(value: dict[str, Any]) -> Any:
+    if value.keys() == {"$float"}:
+        return float(value["$float"])
+    return dict(value["$pairs"]) if value.keys() == {"$pairs"} else value

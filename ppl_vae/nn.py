@@ -160,6 +160,8 @@ def _stages(image_shape: tuple[int, int, int], width: int) -> tuple[list[int], t
     """Channels of each halving stage, and the height and width after the last."""
     _, height, wide = image_shape
     widths: list[int] = []
+    if min(*image_shape, width) < 1:
+        raise ValueError(f"image_shape {image_shape}, width {width}: expected at least 1 of each")
     while not widths or max(height, wide) > 7:
         if height % 2 or wide % 2:
             raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from pyro.distributions import Delta
 from pyro.infer import (
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -17,7 +18,7 @@ from pyro.infer import (
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, kl_divergence
 
 from ppl_vae.sites import aside, paired_traces, sample_nodes
 
@@ -113,6 +114,10 @@ class LinearWarmup:
 
     epochs: float
 
+    def __post_init__(self) -> None:
+        if not self.epochs >= 0:
+            raise ValueError(f"{self}: expected epochs of at least 0")
+
     @property
     def ends(self) -> float:
         return self.epochs
@@ -133,6 +138,12 @@ class CyclicalWarmup:
     epochs: float
     cycles: int = 4
     rising: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.epochs > 0 and self.cycles >= 1 and 0 < self.rising <= 1):
+            raise ValueError(
+                f"{self}: expected epochs above 0, at least 1 cycle, and a rising part in (0, 1]"
+            )
 
     @property
     def ends(self) -> float:
@@ -311,6 +322,10 @@ _PARTICLES = "num_particles_vectorized"
 
 
 def _has_closed_kl(q: Any, p: Any) -> bool:
+    # Pyro's KL from a Delta leaves out the Delta's log-density, in which an autoguide keeps the
+    # Jacobian of a global site's support.
+    if isinstance(q.base_dist if isinstance(q, Independent) else q, Delta):
+        return False
     try:
         kl_divergence(q, p)
     except NotImplementedError:

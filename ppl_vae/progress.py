@@ -50,8 +50,9 @@ def training_progress(epochs: int, done: int, *, enabled: bool) -> Iterator[Show
 
 
 @contextmanager
-def tensorboard_writer(folder: Path | None) -> Iterator[Show]:
-    """Gives a function that writes each epoch's metrics to ``folder`` for TensorBoard."""
+def tensorboard_writer(folder: Path | None, done: int) -> Iterator[Show]:
+    """Gives a function that writes each epoch's metrics to ``folder`` for TensorBoard; those of
+    epochs after ``done``, of a run that is resumed there, are dropped."""
     if folder is None:
         yield lambda row: None
         return
@@ -62,7 +63,7 @@ def tensorboard_writer(folder: Path | None) -> Iterator[Show]:
             'tensorboard=True: TensorBoard is not installed; pip install "ppl-vae[tensorboard]"'
         ) from None
 
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder), purge_step=done + 1) as writer:
 
         def write(row: Mapping[str, float]) -> None:
             for name, value in row.items():

@@ -11,12 +11,13 @@ One process writes a run at a time; any number may read it meanwhile.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -82,6 +83,21 @@ class Run:
         """
         folder = Path(folder).absolute()
         return cls(folder, _read_record(folder))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training this run meanwhile; a killed one keeps it no longer.
+
+        Raises:
+            BlockingIOError: another process has it.
+        """
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                text = "another process is training this run: wait for it, or stop it"
+                raise BlockingIOError(error.errno, text, str(self.folder)) from None
+            yield
 
     @property
     def record(self) -> Mapping[str, Any]:

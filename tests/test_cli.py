@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,67 @@ def test_a_recipe_of_ones_own_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "there is no file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--quiet", "vae-digits", "--latents", "3", "--hidden=8"],
+        ["--latents", "3", "--hidden=8", "--quiet", "vae-digits"],
+    ],
+)
+def test_the_recipe_may_stand_anywhere(tmp_path: Path, words: list[str]) -> None:
+    assert main(["fit", *words, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert Run.open(tmp_path / "run").record["arguments"] == {"latents": 3, "hidden": 8}
+
+
+def test_a_recipe_with_a_path_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = RECIPE.replace("*, latents: int = 2", "*, where: Path = Path('x.npy')")
+    source = source.replace("import torch\n", "import numpy, torch\nfrom pathlib import Path\n", 1)
+    source = source.replace("    x = torch.randn", "    x = torch.tensor(numpy.load(where))  #")
+    source = source.replace("PPCA(latents, 4)", "PPCA(2, 4)")
+    (tmp_path / "mine.py").write_text(source)
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(60, 4)).astype("float32"))
+    monkeypatch.chdir(tmp_path)
+    where = str(tmp_path / "rows.npy")
+    assert main(["fit", "mine.py:linear", "--where", where, "--out", "run", "--quiet"]) == 0
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(tmp_path / "run"), "--samples", "2"]) == 0
+    assert main(["fit", "--resume", str(tmp_path / "run"), "--epochs", "3", "--quiet"]) == 0
+    assert Run.open(tmp_path / "run").record["epochs_done"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "exits", "sentence"),
+    [
+        (("x = torch.randn", "x = = torch.randn"), True, "line 12 of {file}: SyntaxError"),
+        (
+            ("import torch\n", "import no_such_module\n"),
+            True,
+            "line 2 of {file}: ModuleNotFoundError",
+        ),
+        (("PPCA(latents, 4)", "PPCA(latents, {}['four'])"), False, "line 11 of {file}: KeyError"),
+        (("return Experiment(", "return ("), False, "returned tuple, not an Experiment"),
+        (("*, latents", "*, seed: int = 0, latents"), True, "argument 'seed', which fit has"),
+    ],
+)
+def test_a_faulty_recipe_of_ones_own_is_explained(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: tuple[str, str],
+    exits: bool,
+    sentence: str,
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE.replace(*change))
+    words = ["fit", f"{file}:linear", "--out", str(tmp_path / "run"), "--quiet"]
+    with pytest.raises(SystemExit) if exits else nullcontext():
+        assert main(words) == 1
+    said = capsys.readouterr().err
+    assert sentence.format(file=file) in said
+    assert "Traceback" not in said
+
+
 # -- resuming ----------------------------------------------------------------------------------
 
 
@@ -171,7 +233,7 @@ def test_ctrl_c_exits_130_and_resume_gives_the_same_bits(tmp_path: Path) -> None
     part.send_signal(signal.SIGINT)
     _, said = part.communicate(timeout=120)
     assert part.returncode == 130, said
-    assert "--resume" in said
+    assert f"ppl-vae fit --resume {tmp_path / 'part'}" in said
     record = Run.open(tmp_path / "part").record
     assert record["status"] == "interrupted"
     assert record["epochs_done"] < 40
@@ -186,8 +248,13 @@ def test_ctrl_c_exits_130_and_resume_gives_the_same_bits(tmp_path: Path) -> None
 def test_resume_refuses_what_would_make_another_run(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", "--resume", str(run), "--learning_rate", "0.5"]) == 1
-    assert "would be another run" in capsys.readouterr().err
+    for option, value in (("--learning-rate", "0.5"), ("--seed", "9")):
+        assert main(["fit", "--resume", str(run), option, value]) == 1
+        assert "was begun with" in capsys.readouterr().err
+    # What it was begun with may be said again.
+    same = ["--learning-rate", "0.002", "--seed=5", "--device", "cpu", "--epochs=3"]
+    assert main(["fit", "--resume", str(run), "--quiet", *same]) == 0
+    capsys.readouterr()
     assert main(["fit", "vae-digits", "--resume", str(run)]) == 1
     assert "give no RECIPE and no --out" in capsys.readouterr().err
 
@@ -200,6 +267,7 @@ def test_resume_refuses_what_would_make_another_run(
     [
         (["fit", "vae-digit"], "unknown recipe 'vae-digit'; did you mean 'vae-digits'?"),
         (["fit", "vae-digits", "--hiden", "3"], "--hiden 3; did you mean '--hidden'?"),
+        (["fit", "vae-digits", "--latent", "3"], "--latent 3; did you mean '--latents'?"),
         (["fit", "vae-digits", "--epochs", "many"], "many"),
         (["evaluate", "run", "--split", "tset"], "tset"),
         (["fti"], "fti"),
@@ -222,6 +290,7 @@ def test_a_command_that_makes_no_sense_exits_2(
         (["fit"], "give a RECIPE"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["fit", "vae-digits", "--epochs", "0"], "epochs=0: expected a whole number"),
+        (["sample", "nowhere", "--n", "0"], "--n 0: expected at least 1"),
     ],
 )
 def test_a_command_that_cannot_be_done_says_why(

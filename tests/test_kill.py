@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import time
@@ -27,7 +28,8 @@ def test_twenty_kills_and_the_bits_of_an_undisturbed_run(tmp_path: Path) -> None
     took = time.monotonic() - began
 
     moments = random.Random(0)
-    folder = tmp_path / "killed"
+    folders = (tmp_path / f"killed-{i}" for i in itertools.count())
+    folder = next(folders)
     kills = mid_write = 0
     while True:
         begun = (folder / "run.json").exists()
@@ -35,7 +37,7 @@ def test_twenty_kills_and_the_bits_of_an_undisturbed_run(tmp_path: Path) -> None
             compare(folder, tmp_path / "whole")
             if kills >= KILLS:
                 break
-            folder, begun = tmp_path / f"killed-{kills}", False
+            folder, begun = next(folders), False
         if begun:
             quick = {k: v for k, v in OPTIONS.items() if k != "epochs"}
             work = context.Process(target=recipes.resume, args=(folder,), kwargs=quick)

@@ -1,12 +1,12 @@
 """`load_data`: one door to the known data sets and to the user's own files."""
 
-import difflib
 import os
 from pathlib import Path
 
 from ppl_vae.data.dataset import Binarization, Dataset
 from ppl_vae.data.files import read_path
 from ppl_vae.data.sources import data_home, known_names, read_known
+from ppl_vae.names import nearest
 
 
 def load_data(
@@ -46,11 +46,8 @@ def load_data(
     else:
         path = Path(name_or_path).expanduser()
         if name is not None and not path.exists() and not _looks_like_path(name):
-            nearest = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"unknown data set {name!r}: did you mean {nearest!r}? "
-                f"Known are {', '.join(known_names())}, or give a path"
-            )
+            hint = nearest(name, known_names())
+            raise ValueError(f"unknown data set {name!r}; {hint} (or give a path)")
         dataset = read_path(path, seed=seed, image_shape=image_shape, unit=unit)
     if not labels:
         dataset = dataset.without_labels()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-import typing
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppl_vae.data import Dataset
+from ppl_vae.checkpoints import CorruptCheckpoint
+from ppl_vae.data import Dataset, as_dataset
 from ppl_vae.fitting import Fitted, fit, torch_device
 from ppl_vae.loop import load_weights
 from ppl_vae.model import GenerativeModel
 from ppl_vae.names import nearest
 from ppl_vae.run import Run
+from ppl_vae.sites import aside
 from ppl_vae.zoo import collect, find, modules
 
 
@@ -40,21 +44,6 @@ class Experiment:
 
 Recipe = Callable[..., Experiment]
 
-_PLAIN = (bool, int, float, str, type(None))
-# Options that decide to which bits a run leads: a resumed run takes them up again.
-_KEPT = (
-    "batch_size",
-    "optimizer",
-    "learning_rate",
-    "weight_decay",
-    "schedule",
-    "max_grad_norm",
-    "warmup",
-    "patience",
-    "device",
-    "precision",
-)
-
 
 def recipes() -> dict[str, Recipe]:
     """The package's recipes by name."""
@@ -69,20 +58,21 @@ def find_recipe(name: str) -> Recipe:
     """A recipe by its name, or a function of a user's file by ``path/to/file.py:function``.
 
     Raises:
-        ValueError: no such recipe, file or function; names the nearest.
+        ValueError: no such recipe, file or function, and names the nearest; or a file that Python
+            cannot run, and names the line.
     """
-    path, colon, function = name.rpartition(":")
-    if not (colon and path.endswith(".py")):
+    file, function = _file_and_function(name)
+    if file is None:
         return find("recipe", name, recipes())
-    file = Path(path)
     if not file.is_file():
-        raise ValueError(f"recipe {name!r}: there is no file {file.absolute()}")
+        raise ValueError(f"recipe {name!r}: there is no file {file}")
     spec = importlib.util.spec_from_file_location(f"ppl_vae_recipe_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and PyroModules look their module up
-    spec.loader.exec_module(module)
+    with _explained(name, file):
+        spec.loader.exec_module(module)
     known = dict(_experiments(module))
     if function not in known:
         raise ValueError(
@@ -93,18 +83,29 @@ def find_recipe(name: str) -> Recipe:
 
 
 def build(recipe: str, arguments: Mapping[str, Any], seed: int) -> Experiment:
-    """The experiment of a recipe, its initial weights drawn with ``seed``.
+    """The experiment of a recipe, its initial weights drawn with ``seed``; leaves torch's random
+    state as it was.
 
     Raises:
-        ValueError: an argument that the recipe does not take; names the nearest.
+        ValueError: an argument that the recipe does not take, and names the nearest; or a user's
+            recipe that fails, and names the line.
     """
     function = find_recipe(recipe)
     known = inspect.signature(function).parameters
     for name in arguments:
         if name not in known:
             raise ValueError(f"recipe {recipe!r} takes no {name!r}; {nearest(name, known)}")
-    torch.manual_seed(seed)
-    return function(**arguments)
+    # run.json holds a path as text.
+    given = {
+        name: Path(value) if "Path" in str(known[name].annotation) and value else value
+        for name, value in arguments.items()
+    }
+    with aside(), _explained(recipe, _file_and_function(recipe)[0]):
+        torch.manual_seed(seed)
+        made = function(**given)
+    if not isinstance(made, Experiment):
+        raise ValueError(f"recipe {recipe!r} returned {type(made).__name__}, not an Experiment")
+    return made
 
 
 def run_recipe(
@@ -117,10 +118,11 @@ def run_recipe(
 ) -> Fitted:
     """Build and fit a recipe. ``options`` are arguments of :func:`ppl_vae.fit`; they win over the
     recipe's own, and None among them stands for the recipe's."""
+    file, function = _file_and_function(recipe)
+    name = recipe if file is None else f"{file}:{function}"  # found from any folder later on
     given = dict(arguments or {})
-    chosen = {name: value for name, value in options.items() if value is not None}
-    experiment = build(recipe, given, seed)
-    resolved = experiment.fit | chosen
+    experiment = build(name, given, seed)
+    chosen = {option: value for option, value in options.items() if value is not None}
     return fit(
         experiment.model,
         experiment.guide,
@@ -128,32 +130,36 @@ def run_recipe(
         out=out,
         seed=seed,
         record={
-            "recipe": recipe,
-            "arguments": given,
-            "options": {k: v for k, v in chosen.items() if k in _KEPT},
-            "fit": {k: v if isinstance(v, _PLAIN) else repr(v) for k, v in resolved.items()},
+            "recipe": name,
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
         },
-        **resolved,
+        **(experiment.fit | chosen),
     )
 
 
-def resume(folder: str | Path, *, epochs: int | None = None, **options: Any) -> Fitted:
-    """Go on with the run of a recipe, to ``epochs`` epochs (None: as many as it was begun with)."""
+def resume(folder: str | Path, **options: Any) -> Fitted:
+    """Go on with the run of a recipe, with the settings it was begun with.
+
+    Args:
+        options: arguments of :func:`ppl_vae.fit` that do not make another run of it, such as more
+            ``epochs``; None stands for what the run was begun with.
+
+    Raises:
+        ValueError: an option that would make another run; a run that no recipe made.
+    """
     run = Run.open(folder)
-    begun_with = run.record["options"] | {"epochs": run.record["epochs"]}
-    given = {name: value for name, value in options.items() if value is not None}
-    if changed := [n for n in given if n in _KEPT and given[n] != begun_with.get(n)]:
-        raise ValueError(
-            f"{run.folder} was begun with {changed[0]}={begun_with.get(changed[0])}; going on with "
-            f"{given[changed[0]]} would be another run: leave it out, or give another --out"
-        )
+    recipe, arguments, seed = _recipe_of(run), run.record["arguments"], run.record["seed"]
+    chosen = {option: value for option, value in options.items() if value is not None}
+    if chosen.pop("seed", seed) != seed:
+        raise ValueError(f"{run.folder} was begun with seed={seed}: leave --seed out")
+    own = build(recipe, arguments, seed).fit
+    # A setting that is no plain value, such as a schedule, is recorded by name: the recipe has it.
+    begun_with = {
+        name: own.get(name) if isinstance(value, str) and name in own else value
+        for name, value in run.record["fit"].items()
+    }
     return run_recipe(
-        _recipe_of(run),
-        run.record["arguments"],
-        out=run.folder,
-        seed=run.record["seed"],
-        resume=True,
-        **(begun_with | given | ({} if epochs is None else {"epochs": epochs})),
+        recipe, arguments, out=run.folder, seed=seed, resume=True, **(begun_with | chosen)
     )
 
 
@@ -169,37 +175,69 @@ def load(
 
     A recipe's run is rebuilt from the recipe; a run that was fitted from Python needs the pair,
     built as it was, since no code is kept in a run's folder. Weights are the best on validation
-    data where the run stopped early, else the last ones.
+    data where the run stops early by patience, else the last ones; where the best are damaged, the
+    last ones, with a warning.
 
     Raises:
         FileNotFoundError: no run there.
         ValueError: a run without a recipe, and no pair given; another pair's weights; "cuda" for
             ``device`` where there is none.
-        CorruptCheckpoint: no intact checkpoint.
+        CorruptCheckpoint: no checkpoint is intact.
     """
     run = Run.open(folder)
     if model is None or guide is None:
         experiment = build(_recipe_of(run), run.record["arguments"], run.record["seed"])
-        model, guide, data = experiment.model, experiment.guide, data or experiment.data
-    checkpoint = run.load("best") if run.record["weights"] == "best" else None
+        model, guide = experiment.model, experiment.guide
+        data = experiment.data if data is None else data
+    if data is None:
+        raise ValueError(f"give the data that {run.folder} was fitted to: load(..., data=...)")
+    checkpoint = None
+    if run.record["weights"] == "best":
+        try:
+            checkpoint = run.load("best")
+        except CorruptCheckpoint as error:
+            text = f"{error}; falling back to the last weights"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
     checkpoint = checkpoint or run.latest()
     if checkpoint is None:
         raise ValueError(f"{run.folder} has no checkpoint yet: the run was stopped at its start")
-    if "64" in str(run.record.get("fit", {}).get("precision", "")):
-        model.double()
-        guide.double()
-    load_weights(model, guide, checkpoint.tensors)
+    dtype = torch.float64 if run.record["fit"]["precision"] == "64-true" else torch.float32
     place = torch_device(device)
-    model.to(place)
-    guide.to(place)
-    return Fitted(model, guide, data, run.metrics(), run)
+    model.to(place, dtype)
+    guide.to(place, dtype)
+    load_weights(model, guide, checkpoint.tensors)
+    return Fitted(model, guide, as_dataset(data), run.metrics(), run)
+
+
+def _file_and_function(recipe: str) -> tuple[Path | None, str]:
+    """The file, absolute, and the function of ``path/to/file.py:function``; (None, recipe) else."""
+    path, colon, function = recipe.rpartition(":")
+    return (Path(path).absolute(), function) if colon and path.endswith(".py") else (None, recipe)
+
+
+@contextmanager
+def _explained(recipe: str, file: Path | None) -> Iterator[None]:
+    """Errors of a user's file, in one sentence with the line; those of our own recipes as are."""
+    try:
+        yield
+    except Exception as error:
+        if file is None:
+            raise
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        raise ValueError(
+            f"recipe {recipe!r} failed at line {line} of {file}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _experiments(module: Any) -> Iterator[tuple[str, Recipe]]:
     for name, value in vars(module).items():
-        own = inspect.isfunction(value) and value.__module__ == module.__name__
-        if own and name[0] != "_" and typing.get_type_hints(value).get("return") is Experiment:
-            yield name, value
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_":
+            returned = value.__annotations__.get("return")
+            if getattr(returned, "__name__", str(returned)).rpartition(".")[2] == "Experiment":
+                yield name, value
 
 
 def _recipe_of(run: Run) -> str:

@@ -31,7 +31,7 @@ def test_replaces_removes_left_overs_and_respects_the_umask(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("code", "advice"),
     [
-        (errno.ENOSPC, "free some space, then go on with --resume"),
+        (errno.ENOSPC, "free some space, then try again; `ppl-vae fit --resume`"),
         (errno.EDQUOT, "free some space"),
         (errno.EFBIG, "free some space"),
         (errno.EACCES, "Permission denied.*put that right"),

@@ -84,3 +84,11 @@ def test_a_saturated_draw_is_scored_by_its_own_coordinates(support: object) -> N
     transform = torch.distributions.biject_to(support)  # pyright: ignore[reportArgumentType]
     jacobian = transform.log_abs_det_jacobian(drawn, transform(drawn)).sum()
     torch.testing.assert_close(log_q, base.log_prob(drawn) - jacobian)
+
+
+def test_autocast_does_not_part_a_draw_from_its_density(factor: Tensor) -> None:
+    q = CholeskyNormal(torch.zeros(4, 3), scale_tril=factor.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        draw = q.rsample()
+    exact = dist.MultivariateNormal(torch.zeros(4, 3), scale_tril=factor.float())
+    torch.testing.assert_close(q.log_prob(draw), exact.log_prob(draw), atol=1e-4, rtol=1e-4)

@@ -25,6 +25,7 @@ from ppl_vae.models._template import Template
 from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP
 from ppl_vae.priors import StandardNormal
+from ppl_vae.sites import PairError
 
 
 def vae(latents: int, likelihood: Any = Bernoulli) -> tuple[VAE, MeanField, dict[str, Tensor]]:
@@ -105,6 +106,7 @@ from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.nn import MLP
 from ppl_vae.priors import StandardNormal
+from ppl_vae.sites import PairError
 from ppl_vae.evaluation import evaluate
 model = VAE(StandardNormal(2), Bernoulli(MLP(2, 8, 784)))
 x = torch.zeros(2000, 784)
@@ -141,6 +143,32 @@ def test_active_units_are_those_whose_posterior_mean_moves() -> None:
     result = evaluate(model, Factorized(z=(OneMoves(), ["x"])), data, samples=2)
     assert data["test"][:, 0].var(correction=0) * 0.25 > 0.01
     assert result.active_units == 1
+
+
+def test_a_collapsed_latent_is_not_active_whatever_its_family() -> None:
+    """q = p on a transformed support: the spread of draws is not that of posterior means."""
+
+    class Prior(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, *x: Tensor) -> Any:
+            return dist.LogNormal(self.loc.expand(*(len(c) for c in x), 3), 1.0).to_event(1)
+
+    torch.manual_seed(0)
+    model = VAE(Prior(), Bernoulli(MLP(3, 6))).double()
+    x = model.simulate(50)["x"]
+    result = evaluate(model, Factorized(z=(Prior(), ["x"])), {"train": x, "test": x}, samples=2)
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    assert result.active_units == 0
+
+
+def test_data_that_the_model_cannot_emit_are_refused() -> None:
+    model, guide, _ = vae(2)
+    grey = torch.rand(23, 6)
+    with pytest.raises(PairError, match="which Bernoulli cannot emit"):
+        evaluate(model, guide, {"train": grey, "test": grey})
 
 
 @pytest.mark.parametrize(("unit", "shift"), [(1.0, 0.0), (255.0, math.log2(255))])

@@ -81,7 +81,13 @@ def test_a_missing_context_is_named(m2_guide):
     with pytest.raises(ValueError, match="site 'z' is conditioned on 'x': give it"):
         m2_guide(y=labels())
     with pytest.raises(TypeError, match="observable sites are x, y, z"):
-        m2_guide(torch.zeros(ROWS, X), label=labels())
+        m2_guide(torch.zeros(ROWS, X), labels(), None, labels())
+
+
+def test_what_no_site_is_conditioned_on_is_ignored(m2_guide):
+    """The model may observe more than the guide."""
+    more = m2_guide(x=torch.zeros(ROWS, X), y=labels(), w=torch.zeros(ROWS))
+    assert {"x", "y", "z"} <= set(more)
 
 
 @pytest.mark.parametrize(
