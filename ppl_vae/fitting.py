@@ -304,5 +304,6 @@ def _scheduler(
     if schedule == "cosine":
         return CosineAnnealingLR(optimizer, epochs)
     if schedule == "plateau":
-        return ReduceLROnPlateau(optimizer, mode="max")
+        # torch's threshold is relative, and of a negative ELBO a worse one would pass for better.
+        return ReduceLROnPlateau(optimizer, mode="max", threshold=0.0)
     return schedule(optimizer) if callable(schedule) else None

@@ -98,7 +98,9 @@ class AmortizedGuide(Program):
         args, kwargs: an example batch of observables, ``(rows, event)``, as the model takes it.
 
     Raises:
-        PairError: a local site that this guide cannot cover: discrete, or in a further plate.
+        PairError: a local site that this guide cannot cover: discrete, or in a further plate; an
+            observable that is one number a row, which an encoder cannot join with others.
+        ValueError: no example batch.
     """
 
     def __init__(
@@ -115,6 +117,12 @@ class AmortizedGuide(Program):
             raise ValueError(
                 f"{type(self).__name__}: give an example batch of {', '.join(self.names)}"
             )
+        for name, value in example.items():
+            if value.dim() < 2:
+                raise PairError(
+                    f"{type(self).__name__}: observable {name!r} has shape {tuple(value.shape)}; "
+                    "an encoder's context needs vectors, (rows, K): one-hot labels, for instance"
+                )
         latent = [
             site
             for site in read_sites(model, **example).values()

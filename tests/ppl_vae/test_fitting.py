@@ -5,23 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import resource
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
 import ppl_vae
 from ppl_vae.evaluation import mean_elbo
-from ppl_vae.fitting import Fitted, fit
+from ppl_vae.fitting import Fitted, _scheduler, fit
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
-from ppl_vae.loop import TrainingLoop, weights
+from ppl_vae.loop import weights
 from ppl_vae.models._template import Template
 from ppl_vae.models.ppca import PPCA
 from ppl_vae.models.vae import VAE
@@ -50,6 +48,10 @@ def ppca(seed: int = 1) -> tuple[PPCA, MeanField]:
 def fitted(data: Any, pair: tuple[Any, Any] | None = None, **options: Any) -> Fitted:
     model, guide = pair or ppca()
     return fit(model, guide, data, **{"epochs": 3, "batch_size": 40, "progress": False, **options})
+
+
+def two_steps(optimizer: torch.optim.Optimizer) -> MultiStepLR:
+    return MultiStepLR(optimizer, [2], gamma=0.1)
 
 
 def final_tensors(folder: Path) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ def test_training_and_validation_elbo_are_those_of_the_model(data: dict[str, Ten
     ("schedule", "expected"),
     [
         ("cosine", [1.0, 0.75, 0.25]),
-        (lambda optimizer: MultiStepLR(optimizer, [2], gamma=0.1), [1.0, 1.0, 0.1]),
+        (two_steps, [1.0, 1.0, 0.1]),
         ("plateau", [1.0, 1.0, 1.0]),
     ],
 )
@@ -177,6 +179,16 @@ def test_learning_rate_follows_its_schedule(
     result = fitted(data, schedule=schedule, learning_rate=1e-3)
     rates = [row["learning_rate"] / 1e-3 for row in result.history]
     assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_plateau_drops_the_rate_of_an_elbo_that_stands_still() -> None:
+    """Also of a negative one, of which a relative threshold would take a worse for a better."""
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], 1e-3)
+    scheduler = _scheduler("plateau", optimizer, 50)
+    assert isinstance(scheduler, ReduceLROnPlateau)
+    for epoch in range(12):
+        scheduler.step(-100.0 - 0.001 * epoch)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
 # -- stopping ----------------------------------------------------------------------------------
@@ -223,58 +235,6 @@ def test_a_loss_that_is_not_finite_names_the_site_and_keeps_the_checkpoint(
         assert torch.equal(checkpoint.tensors[name], tensor), "no step was taken"
 
 
-# -- resuming ----------------------------------------------------------------------------------
-
-LONG: dict[str, Any] = {
-    "epochs": 5, "warmup": 2, "schedule": "plateau", "optimizer": "adamax",
-    "max_grad_norm": 1.0, "patience": 4, "checkpoint_seconds": 1e9,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("step", [1, 5, 13])
-def test_ctrl_c_saves_and_resuming_gives_the_same_bits(
-    data: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    whole = fitted(data, out=tmp_path / "whole", **LONG)
-    take_step = TrainingLoop._step
-    count = iter(range(1, 1000))
-
-    def interrupt_at(self: TrainingLoop, rows: Tensor) -> None:
-        take_step(self, rows)
-        if next(count) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_step", interrupt_at)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(data, out=tmp_path / "part", **LONG)
-    assert Run.open(tmp_path / "part").record["status"] == "interrupted"
-    resumed = fitted(data, ppca(seed=99), out=tmp_path / "part", resume=True, **LONG)
-    assert_same_tensors(final_tensors(tmp_path / "part"), final_tensors(tmp_path / "whole"))
-    assert_same_tensors(weights(resumed.model, resumed.guide), weights(whole.model, whole.guide))
-    for one, other in zip(resumed.history, whole.history, strict=True):
-        assert one | {"seconds": 0} == other | {"seconds": 0}
-
-
-def test_a_finished_run_can_be_trained_further(data: dict[str, Tensor], tmp_path: Path) -> None:
-    fitted(data, epochs=4, out=tmp_path / "whole")
-    fitted(data, epochs=2, out=tmp_path / "part")
-    fitted(data, ppca(seed=9), epochs=4, out=tmp_path / "part", resume=True)
-    assert_same_tensors(final_tensors(tmp_path / "part"), final_tensors(tmp_path / "whole"))
-
-
-def test_resuming_falls_back_past_a_damaged_checkpoint(
-    data: dict[str, Tensor], tmp_path: Path
-) -> None:
-    fitted(data, epochs=4, out=tmp_path / "whole")
-    fitted(data, epochs=2, out=tmp_path / "part", checkpoint_seconds=0.0)
-    *_, newest = sorted((tmp_path / "part" / "checkpoints").glob("step-*.safetensors"))
-    newest.write_bytes(newest.read_bytes()[:-7])
-    with pytest.warns(RuntimeWarning, match=f"{newest.name}.*falling back to"):
-        fitted(data, ppca(seed=9), epochs=4, out=tmp_path / "part", resume=True)
-    assert_same_tensors(final_tensors(tmp_path / "part"), final_tensors(tmp_path / "whole"))
-
-
 def test_the_random_state_of_the_caller_is_left_alone(data: dict[str, Tensor]) -> None:
     pair = ppca()
     state = torch.get_rng_state()
@@ -298,6 +258,11 @@ def test_the_random_state_of_the_caller_is_left_alone(data: dict[str, Tensor]) -
         ({"precision": "16"}, "precision='16': expected one of"),
         ({"device": "tpu"}, "device='tpu': expected auto, cpu or cuda"),
         ({"resume": True}, "resume=True: give out="),
+        ({"seed": None}, "seed=None: expected a whole number"),
+        ({"learning_rate": "a"}, "learning_rate='a': expected a positive number"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: expected a positive number"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: expected a number of at least 0"),
+        ({"tensorboard": True}, "tensorboard=True: expected out="),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -363,7 +328,7 @@ def test_resuming_with_other_data_or_seed_is_refused(
     fitted(data, out=tmp_path / "run")
     with pytest.raises(ValueError, match="was fitted to other data"):
         fitted(data | {"train": data["train"] + 1}, out=tmp_path / "run", resume=True)
-    with pytest.raises(ValueError, match="has seed 0, not 4"):
+    with pytest.raises(ValueError, match="begun with seed=0: going on with seed=4"):
         fitted(data, out=tmp_path / "run", resume=True, seed=4)
     model = PPCA(3, 5)
     with pytest.raises(ValueError, match="the checkpoint is not one of this model, PPCA"):
@@ -398,6 +363,90 @@ def test_a_run_without_recipe_needs_its_pair_to_be_loaded(
     loaded = ppl_vae.load(tmp_path / "run", *ppca(seed=9), data)
     assert_same_tensors(weights(loaded.model, loaded.guide), weights(result.model, result.guide))
     assert loaded.history == result.history
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "sentence"),
+    [
+        ({}, {"batch_size": 7}, "begun with batch_size=40: going on with batch_size=7"),
+        ({}, {"optimizer": "adamax"}, "begun with optimizer=adam"),
+        ({"warmup": CyclicalWarmup(9)}, {"warmup": 9}, r"warmup=CyclicalWarmup\(epochs=9"),
+        ({"schedule": "cosine"}, {"schedule": "cosine", "epochs": 9}, "begun with epochs=3"),
+        ({}, {"epochs": 2}, "has 3 epochs already: epochs=2 would take some of them back"),
+        ({}, {"precision": "64-true"}, "begun with precision=32-true"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    data: dict[str, Tensor], tmp_path: Path, was: Any, now: Any, sentence: str
+) -> None:
+    fitted(data, out=tmp_path / "run", **was)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=sentence):
+        fitted(data, out=tmp_path / "run", resume=True, **now)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_the_record_holds_the_settings_as_resolved(data: dict[str, Tensor], tmp_path: Path) -> None:
+    fitted(data, out=tmp_path / "run", max_grad_norm=2.0, schedule=two_steps)
+    settings = Run.open(tmp_path / "run").record["fit"]
+    assert settings == {
+        "epochs": 3, "batch_size": 40, "objective": None, "optimizer": "adam",
+        "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "two_steps",
+        "max_grad_norm": 2.0, "warmup": 0, "patience": None, "precision": "32-true",
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def test_a_run_in_double_precision_is_loaded_in_double(
+    data: dict[str, Tensor], tmp_path: Path
+) -> None:
+    result = fitted(data, out=tmp_path / "run", precision="64-true")
+    loaded = ppl_vae.load(tmp_path / "run", *ppca(seed=9), data)
+    assert_same_tensors(weights(loaded.model, loaded.guide), weights(result.model, result.guide))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float64}
+    with pytest.raises(ValueError, match="give the data"):
+        ppl_vae.load(tmp_path / "run", *ppca(seed=9))
+
+
+def test_damaged_best_weights_fall_back_to_the_last(
+    data: dict[str, Tensor], tmp_path: Path
+) -> None:
+    fitted(data, epochs=6, patience=9, out=tmp_path / "run")
+    last = final_tensors(tmp_path / "run")
+    best = next((tmp_path / "run" / "checkpoints").glob("best*.safetensors"))
+    best.write_bytes(best.read_bytes()[:-3])
+    with pytest.warns(RuntimeWarning, match="falling back to the last weights"):
+        loaded = ppl_vae.load(tmp_path / "run", *ppca(seed=9), data)
+    assert torch.equal(loaded.model.likelihood.net.weight, last["model.likelihood.net.weight"])
+    with pytest.warns(RuntimeWarning, match="the search for the best weights begins anew"):
+        result = fitted(data, epochs=8, patience=9, out=tmp_path / "run", resume=True)
+    assert len(result.history) == 8
+
+
+def test_two_processes_do_not_train_one_run(data: dict[str, Tensor], tmp_path: Path) -> None:
+    fitted(data, out=tmp_path / "run")
+    with (
+        Run.open(tmp_path / "run").lock(),
+        pytest.raises(BlockingIOError, match="another process is training this run"),
+    ):
+        fitted(data, out=tmp_path / "run", resume=True, epochs=5)
+
+
+def test_a_model_without_parameters_can_have_a_learned_guide(data: dict[str, Tensor]) -> None:
+    frozen = VAE(StandardNormal(5), Gaussian(nn.Identity(), 1.0))
+    result = fitted(data, (frozen, MeanField(frozen, MLP(5, 8), data["test"])), epochs=5)
+    assert result.history[-1]["elbo"] > result.history[0]["elbo"]
+
+
+def test_dropout_is_on_in_training_even_if_the_caller_left_it_off(
+    data: dict[str, Tensor],
+) -> None:
+    model, guide = ppca()
+    model.eval()
+    guide.eval()
+    fitted(data, (model, guide))
+    assert model.training
+    assert guide.training
 
 
 @pytest.mark.cuda

@@ -245,3 +245,10 @@ def test_a_posterior_needs_one_local_site(program, story, found):
 def test_unconstrained_size_counts_free_coordinates(program):
     sites = read_sites(program(two_latents), n=3)
     assert [unconstrained_size(site) for site in sites.values()] == [4, 4, 2]
+
+
+def test_an_observable_of_one_number_a_row_is_refused():
+    """Joined as it is, a vector of labels would be appended to every row."""
+    model = PPCA(2, X)
+    with pytest.raises(PairError, match=r"'x' has shape \(4,\).*needs vectors"):
+        MeanField(model, MLP(X, 4), torch.zeros(4))

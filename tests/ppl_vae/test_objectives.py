@@ -15,10 +15,11 @@ from ppl_vae.conditionals import Normal
 from ppl_vae.guide import Factorized
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.model import GenerativeModel
 from ppl_vae.models._template import Template
 from ppl_vae.models.ppca import PPCA
 from ppl_vae.objectives import CyclicalWarmup, LinearWarmup, Training, plain_elbo
-from ppl_vae.svi import parameters
+from ppl_vae.svi import SVI, parameters
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROWS, TOTAL = 4, 10
@@ -225,6 +226,34 @@ def test_a_guide_in_another_order_than_the_model_has_no_closed_kl(program):
     kl = kl_divergence(q, p)
     found = objective.loss(model, guide, x) / len(x)
     assert found == pytest.approx(kl.item(), abs=0.2)
+
+
+def test_the_jacobian_of_a_global_site_is_part_of_the_objective():
+    """A posterior of a positive global site is found: Gamma prior, Poisson counts, conjugate."""
+
+    class Rate(GenerativeModel):
+        """A rate for all rows, a normal latent a row that nothing hangs on."""
+
+        def forward(self, x=None, *, n=None, total=None):
+            s = pyro.sample("s", dist.Gamma(torch.tensor(2.0), 1.0))
+            with self.rows(x, n=n, total=total):
+                pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+                return pyro.sample("x", dist.Poisson(s.expand(1)).to_event(1), obs=x)
+
+    x = torch.tensor([[3.0], [5.0]])
+    model = Rate()
+    guide = MeanField(model, nn.Identity(), x)
+    optimizer = torch.optim.Adam(guide.parameters(), 0.02)
+    svi = SVI(model, guide, optimizer, plain_elbo(model, guide, x))
+    found = []
+    for _ in range(1500):
+        svi.step(x)
+        found.append([guide.global_guide.locs.s.item(), guide.global_guide.scales.s.item()])
+    loc, scale = torch.tensor(found[500:]).mean(0).tolist()
+    # The posterior is Gamma(10, 3); of all log-normals, that with variance 1/10 on the log scale
+    # and mean 10/3 is nearest to it. Without the Jacobian it would be 1/9 and 9/3.
+    assert loc == pytest.approx(math.log(10 / 3) - 0.05, abs=0.02)
+    assert scale == pytest.approx(math.sqrt(0.1), abs=0.02)
 
 
 def test_warmups_rise_from_0_to_1_and_stay():
