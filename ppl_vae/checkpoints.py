@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _STEP = re.compile(r"step-([0-9]{9,})")
 
 
-class CorruptCheckpoint(RuntimeError):
+class CorruptCheckpoint(ValueError):
     """A checkpoint was written, but what is on the disk now is not what was written."""
 
 

@@ -34,13 +34,19 @@ class Mixed(GenerativeModel):
         return cls()
 
 
-def test_chain_of_sites_has_the_density_of_the_joint_normal() -> None:
+def correlated() -> tuple[FullRank, Tensor]:
+    """A guide whose factor is not diagonal, and rows of data."""
     torch.manual_seed(0)
     model = Mixed.toy()
     x = model.simulate(4)["x"]
     guide = FullRank(model, MLP(5, 8, 6).double(), x).double()
     with torch.no_grad():
         guide.head.weight.normal_(std=0.3)
+    return guide, x
+
+
+def test_chain_of_sites_has_the_density_of_the_joint_normal() -> None:
+    guide, x = correlated()
     with own_parameters(guide):
         trace = poutine.trace(guide).get_trace(x)
     loc, factor = guide.parameters_of(guide.encode({"x": x}))
@@ -60,12 +66,7 @@ def test_chain_of_sites_has_the_density_of_the_joint_normal() -> None:
 
 def test_a_given_site_conditions_the_others() -> None:
     """q(b, p | a, x): locations move with a, as in the joint normal."""
-    torch.manual_seed(0)
-    model = Mixed.toy()
-    x = model.simulate(4)["x"]
-    guide = FullRank(model, MLP(5, 8, 6).double(), x).double()
-    with torch.no_grad():
-        guide.head.weight.normal_(std=0.3)
+    guide, x = correlated()
     loc, factor = guide.parameters_of(guide.encode({"x": x}))
     covariance = factor @ factor.mT
     a = torch.randn(4, 2, dtype=torch.float64)

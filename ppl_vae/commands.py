@@ -1,0 +1,252 @@
+"""The commands of ``ppl-vae``, each a function whose signature and docstring make its options.
+
+Nothing here imports torch before a command needs it. They are not named like the functions of
+``ppl_vae``: jsonargparse would look those up by name, and load them.
+"""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def list_command(json: bool = False) -> None:
+    """List models, guides, recipes and data sets.
+
+    Args:
+        json: print JSON.
+    """
+    from ppl_vae import zoo
+    from ppl_vae.data import known_names
+    from ppl_vae.recipes import recipes
+
+    members = {"models": zoo.models(), "guides": zoo.guides(), "recipes": recipes()}
+    table = {
+        kind: {name: zoo.first_line(member) for name, member in found.items()}
+        for kind, found in members.items()
+    }
+    if json:
+        print(json_.dumps({**table, "data": list(known_names())}, indent=2))
+        return
+    for kind, lines in table.items():
+        print(f"{kind}:")
+        for name, line in lines.items():
+            print(f"  {name:<18} {line}")
+    print(f"data:\n  {', '.join(known_names())}")
+
+
+def show_command(model: str, graph: Path | None = None) -> None:
+    """Show a model: its story, with sites, plates, shapes and supports.
+
+    Args:
+        model: name, as ``ppl-vae list`` gives it.
+        graph: write the graph to this picture file (.png, .svg or .pdf).
+    """
+    from ppl_vae import zoo
+    from ppl_vae.show import graph as draw
+    from ppl_vae.show import story
+
+    instance = zoo.find("model", model, zoo.models()).toy()
+    print(story(instance))
+    if graph is not None:
+        draw(instance).savefig(graph, bbox_inches="tight", dpi=150)
+
+
+def fit_command(
+    recipe: str | None = None,
+    resume: Path | None = None,
+    out: Path | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+    device: Device | None = None,
+    precision: Literal["32-true", "64-true", "bf16-mixed"] | None = None,
+    batch_size: int | None = None,
+    optimizer: Literal["adam", "adamw", "adamax"] | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    schedule: Literal["cosine", "plateau"] | None = None,
+    max_grad_norm: float | None = None,
+    warmup: float | None = None,
+    patience: int | None = None,
+    checkpoint_seconds: float | None = None,
+    tensorboard: bool = False,
+    quiet: bool = False,
+    **arguments: Any,
+) -> None:
+    """Fit a recipe, or go on with a run.
+
+    An option that is left out is as the recipe says. ``ppl-vae fit RECIPE --help`` shows the
+    recipe's own arguments too.
+
+    Args:
+        recipe: name, or path/to/file.py:function.
+        resume: folder of a run to go on with, to the same bits as if it had never stopped.
+        out: folder of the run; new, or empty. Default: runs/RECIPE-DATE-TIME.
+        epochs: passes over the training rows.
+        seed: of weights, noise and order of the rows. Default: 0.
+        device: where to compute. Default: auto.
+        precision: of the arithmetic.
+        batch_size: rows a step.
+        optimizer: its name.
+        learning_rate: of the optimizer.
+        weight_decay: of the optimizer.
+        schedule: of the learning rate.
+        max_grad_norm: longer gradients are shortened to it.
+        warmup: epochs over which the KL's weight rises from 0 to 1.
+        patience: epochs without a better validation ELBO before stopping.
+        checkpoint_seconds: least time between checkpoints.
+        tensorboard: write metrics for TensorBoard too.
+        quiet: show no progress.
+    """
+    from ppl_vae import recipes
+    from ppl_vae.gallery import save_gallery
+
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "device": device,
+        "precision": precision,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "max_grad_norm": max_grad_norm,
+        "warmup": warmup,
+        "patience": patience,
+        "checkpoint_seconds": checkpoint_seconds,
+        "tensorboard": tensorboard or None,
+        "progress": not quiet,
+    }
+    if resume is not None:
+        if recipe is not None or out is not None:
+            raise ValueError(
+                "--resume DIR goes on with the run in DIR: give no RECIPE and no --out"
+            )
+        fitted = recipes.resume(resume, seed=seed, **options)
+    elif recipe is not None:
+        if out is None:
+            name = recipe.rpartition(":")[2]
+            out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+            print(f"run: {out}", file=sys.stderr)
+        fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed or 0, **options)
+    else:
+        raise ValueError("give a RECIPE (ppl-vae list names them), or --resume DIR")
+    assert fitted.run is not None
+    for name, reason in save_gallery(fitted, fitted.run.folder / "figures").items():
+        print(f"no picture {name}: {reason}", file=sys.stderr)
+    print(fitted.run.folder)
+
+
+def evaluate_command(
+    run: Path,
+    samples: int = 100,
+    split: Literal["train", "validation", "test"] = "test",
+    seed: int = 0,
+    memory: int = 512,
+    device: Device = "auto",
+    json: bool = False,
+) -> None:
+    """Evaluate a run: ELBO, NLL, KL, active units, on every row of a split.
+
+    Args:
+        run: folder of the run.
+        samples: importance draws a row.
+        split: which rows.
+        seed: of the draws.
+        memory: MiB that intermediate tensors may take.
+        device: where to compute.
+        json: print JSON.
+    """
+    from ppl_vae.atomic import write_atomically
+    from ppl_vae.evaluation import evaluate
+    from ppl_vae.recipes import load
+
+    fitted = load(run, device=device)
+    figures = evaluate(
+        fitted.model,
+        fitted.guide,
+        fitted.data,
+        samples=samples,
+        split=split,
+        seed=seed,
+        memory=memory,
+    ).to_json()
+    text = json_.dumps(figures, indent=2)
+    write_atomically(run / f"evaluation-{split}.json", text.encode() + b"\n")
+    if json:
+        print(text)
+        return
+    print(f"{split}: {figures['rows']} rows, {samples} importance samples a row, nats per datum")
+    print(f"  ELBO            {figures['elbo']:10.3f} +- {figures['elbo_se']:.3f}")
+    print(f"  reconstruction  {figures['reconstruction']:10.3f}")
+    print(f"  KL              {figures['kl']:10.3f}")
+    print(f"  NLL             {figures['nll']:10.3f} +- {figures['nll_se']:.3f}")
+    print(f"  bits per dim    {figures['bits_per_dim']:10.4f}")
+    print(f"  active units    {figures['active_units']:10d}")
+
+
+def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:
+    """Check a run: does data from the fitted model look like held-out data?
+
+    Args:
+        run: folder of the run; the report goes to its folder ``report``.
+        seed: of the draws.
+        device: where to compute.
+        json: print JSON.
+    """
+    from ppl_vae.checks import check
+    from ppl_vae.recipes import load
+
+    fitted = load(run, device=device)
+    report = check(fitted.model, fitted.guide, fitted.data, seed=seed)
+    report.save(run / "report")
+    if json:
+        print(json_.dumps(report.to_json(), indent=2))
+    else:
+        print(report)
+        print(run / "report")
+
+
+def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:
+    """Draw new rows from a run's model, as a picture and as numbers.
+
+    Args:
+        run: folder of the run; writes figures/samples.png and samples.npz, every site's draws.
+        n: number of rows.
+        seed: of the draws.
+        device: where to compute.
+    """
+    import numpy as np
+    import torch
+
+    from ppl_vae import plots
+    from ppl_vae.recipes import load
+    from ppl_vae.sites import aside
+
+    if n < 1:
+        raise ValueError(f"--n {n}: expected at least 1")
+    fitted = load(run, device=device)
+    with aside():
+        torch.manual_seed(seed)
+        draws = {name: value.cpu().numpy() for name, value in fitted.model.simulate(n).items()}
+    np.savez_compressed(run / "samples.npz", **draws)  # pyright: ignore[reportArgumentType]
+    figure = plots.samples(fitted.model, fitted.data.image_shape, n=n, seed=seed)
+    figure.savefig(run / "figures" / "samples.png")
+    print(run / "samples.npz")
+    print(run / "figures" / "samples.png")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "list": list_command,
+    "show": show_command,
+    "fit": fit_command,
+    "evaluate": evaluate_command,
+    "check": check_command,
+    "sample": sample_command,
+}
