@@ -61,7 +61,8 @@ class FullRank(AmortizedGuide):
             value = given.get(site.name)
             if value is None:
                 value = pyro.sample(site.name, constrained(q, site.support, site.event_shape))
-            noise.append(q.noise(unconstrain(value, site.support, site.event_shape)))
+            if stop < self.size:  # the sites to come need its noise
+                noise.append(q.noise(unconstrain(value, site.support, site.event_shape)))
             start = stop
 
     def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:

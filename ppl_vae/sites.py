@@ -35,7 +35,6 @@ class Site:
     support: Constraint
     family: str
     enumerated: bool
-    reparameterized: bool
     auxiliary: bool
 
     @property
@@ -209,7 +208,6 @@ def _site(node: dict[str, Any]) -> Site:
         support=cast(Constraint, fn.support),
         family=type(family).__name__,
         enumerated=node["infer"].get("enumerate") is not None,
-        reparameterized=bool(fn.has_rsample),
         auxiliary=bool(node["infer"].get("is_auxiliary")),
     )
 

@@ -55,13 +55,12 @@ def test_read_sites_shows_each_site_as_it_is(program):
         "z": (("data",), (5,), (2, 4)),
         "x": (("data",), (5,), (1,)),
     }
-    flags = ("observed", "enumerated", "auxiliary", "reparameterized", "local")
+    flags = ("observed", "enumerated", "auxiliary", "local")
     on = {flag: {n for n, s in sites.items() if getattr(s, flag)} for flag in flags}
     assert on == {
         "observed": {"x"},
         "enumerated": {"y"},
         "auxiliary": {"k"},
-        "reparameterized": {"w", "z", "x"},
         "local": {"y", "k", "z", "x"},
     }
     families = ["Gamma", "OneHotCategorical", "Poisson", "Normal", "Normal"]
