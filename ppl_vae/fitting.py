@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pyro
 import torch
 from lightning_fabric import Fabric
+from pyro.infer import RenyiELBO, ReweightedWakeSleep
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
@@ -102,7 +103,8 @@ def fit(
 
     Raises:
         ValueError: an argument out of its range; the sentence names it and what was expected. An
-            enumerated site. A run to resume that has other data, seed or settings.
+            enumerated site. An objective that weighs draws by importance (Pyro's do so over the
+            whole batch). A run to resume that has other data, seed or settings.
         PairError: guide or data do not fit the model.
         NonFiniteLoss: the loss became NaN or infinite; names the site. The last good checkpoint
             is kept.
@@ -132,7 +134,8 @@ def fit(
         stack.enter_context(pyro.validation_enabled(False))
         torch.manual_seed(seed)
         example = model.observed(train.batch(slice(0, batch_size), fabric.device, dtype))
-        check_measurable(read_sites(model, **example).values())
+        for program in (model, guide):
+            check_measurable(read_sites(program, **example).values())
         check_pair(model, guide, **example, total=len(train))
         training = Training(
             objective or plain_elbo(model, guide, **example), len(train), fabric.autocast
@@ -150,7 +153,7 @@ def fit(
                 "data": dataset.fingerprint(),
                 "seed": seed,
                 "weights": "last" if patience is None else "best",
-                "fit": {name: _described(settings[name]) for name in _SETTINGS}
+                "fit": {name: described(settings[name]) for name in _SETTINGS}
                 | {"device": fabric.device.type},
             }
             run = _reopen(out, about) if resume else Run.create(out, about | dict(record or {}))
@@ -200,7 +203,7 @@ _SETTINGS = (
 )
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
     """A setting as ``run.json`` holds it: as it is, or by what it is called."""
     if isinstance(value, bool | int | float | str | None):
         return value
@@ -270,12 +273,18 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"schedule={given['schedule']!r}: expected cosine, plateau or a function")
     if isinstance(given["warmup"], int | float) and not given["warmup"] >= 0:
         raise ValueError(f"warmup={given['warmup']}: expected epochs, at least 0")
+    if isinstance(given["objective"], RenyiELBO | ReweightedWakeSleep):
+        raise ValueError(
+            f"objective={type(given['objective']).__name__}: it weighs a batch as a whole, where a "
+            "row needs weights of its own, and is not linear in log-probabilities, which fit "
+            "divides by the number of rows; run it with ppl_vae.SVI, or take another objective"
+        )
     if given["resume"] and given["out"] is None:
         raise ValueError("resume=True: give out=, the folder of the run to go on with")
 
 
 def torch_device(device: str) -> str:
-    """ "auto", "cpu" or "cuda" as "cpu" or "cuda".
+    """Where to compute, "cpu" or "cuda", when asked for "auto", "cpu" or "cuda".
 
     Raises:
         ValueError: another name, or "cuda" where torch finds no device.

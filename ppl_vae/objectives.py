@@ -179,7 +179,8 @@ class Training:
     objective is. A loss per datum makes the gradient's norm independent of the data's size.
 
     Args:
-        objective: the estimator that is optimized.
+        objective: the estimator that is optimized; linear in log-probabilities, or their scale
+            would change what it is.
         total: size of the data set; log-probabilities are divided by it.
         autocast: gives a context for the programs' runs, such as Fabric's ``autocast``; densities
             are taken outside it, in full precision.

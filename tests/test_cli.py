@@ -167,6 +167,16 @@ def test_the_recipe_may_stand_anywhere(tmp_path: Path, words: list[str]) -> None
     assert Run.open(tmp_path / "run").record["arguments"] == {"latents": 3, "hidden": 8}
 
 
+def test_an_overridden_setting_is_kept_on_resuming(tmp_path: Path) -> None:
+    """Also one that is text in the recipe, as a schedule is."""
+    (tmp_path / "mine.py").write_text(RECIPE.replace('{"epochs": 2}', '{"optimizer": "adam"}'))
+    out = str(tmp_path / "run")
+    words = [f"{tmp_path / 'mine.py'}:linear", "--optimizer", "adamax", "--epochs", "1"]
+    assert main(["fit", *words, "--out", out, "--quiet"]) == 0
+    assert main(["fit", "--resume", out, "--epochs", "2", "--quiet"]) == 0
+    assert Run.open(out).record["fit"]["optimizer"] == "adamax"
+
+
 def test_a_recipe_with_a_path_is_found_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from ppl_vae.checkpoints import CorruptCheckpoint
 from ppl_vae.data import Dataset, as_dataset
-from ppl_vae.fitting import Fitted, fit, torch_device
+from ppl_vae.fitting import Fitted, described, fit, torch_device
 from ppl_vae.loop import load_weights
 from ppl_vae.model import GenerativeModel
 from ppl_vae.names import nearest
@@ -155,7 +155,7 @@ def resume(folder: str | Path, **options: Any) -> Fitted:
     own = build(recipe, arguments, seed).fit
     # A setting that is no plain value, such as a schedule, is recorded by name: the recipe has it.
     begun_with = {
-        name: own.get(name) if isinstance(value, str) and name in own else value
+        name: own[name] if name in own and described(own[name]) == value else value
         for name, value in run.record["fit"].items()
     }
     return run_recipe(

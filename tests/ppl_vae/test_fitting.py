@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import resource
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import RenyiELBO
+from pyro.poutine.infer_config_messenger import InferConfigMessenger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
@@ -258,6 +263,7 @@ def test_the_random_state_of_the_caller_is_left_alone(data: dict[str, Tensor]) -
         ({"precision": "16"}, "precision='16': expected one of"),
         ({"device": "tpu"}, "device='tpu': expected auto, cpu or cuda"),
         ({"resume": True}, "resume=True: give out="),
+        ({"objective": RenyiELBO(num_particles=2)}, "objective=RenyiELBO: it weighs a batch"),
         ({"seed": None}, "seed=None: expected a whole number"),
         ({"learning_rate": "a"}, "learning_rate='a': expected a positive number"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: expected a positive number"),
@@ -297,6 +303,35 @@ def test_data_that_the_model_cannot_emit_are_refused(data: dict[str, Tensor]) ->
         x[3, 1] = bad
         with pytest.raises(ValueError, match=sentence):
             fitted({"train": x})
+
+
+class Coin(ppl_vae.GenerativeModel):
+    def forward(
+        self, x: Tensor | None = None, *, n: int | None = None, total: int | None = None
+    ) -> Tensor:
+        with self.rows(x, n=n, total=total):
+            y = pyro.sample("y", dist.Bernoulli(torch.tensor([0.5])).to_event(1))
+            loc = y.expand(*y.shape[:-1], 5)
+            return pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+def test_an_enumerated_site_is_refused_in_model_and_guide(data: dict[str, Tensor]) -> None:
+    def enumerated(program: Any) -> Any:
+        class Enumerated(program):
+            @functools.wraps(program.forward)  # a model reads its observables from the signature
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                with InferConfigMessenger(lambda site: {"enumerate": "parallel"}):
+                    return super().forward(*args, **kwargs)
+
+        return Enumerated
+
+    q = (Bernoulli(MLP(5, 1)), ["x"])
+    for model, guide in (
+        (enumerated(Coin)(), ppl_vae.Factorized(y=q)),
+        (Coin(), enumerated(ppl_vae.Factorized)(y=q)),
+    ):
+        with pytest.raises(ValueError, match="site 'y' is enumerated"):
+            fitted(data, (model, guide))
 
 
 def test_nothing_to_learn_is_refused(data: dict[str, Tensor]) -> None:
