@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pyro
 import torch
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnP
 
 from ppl_vae.data import Dataset, as_dataset
 from ppl_vae.evaluation import check_measurable
+from ppl_vae.feed import feed_for
 from ppl_vae.loop import TrainingLoop, interruption
 from ppl_vae.model import GenerativeModel
 from ppl_vae.objectives import LinearWarmup, Objective, Schedule, Training, plain_elbo
@@ -66,8 +67,11 @@ def fit(
     max_grad_norm: float | None = None,
     warmup: float | Schedule = 0,
     patience: int | None = None,
+    accumulate: int = 1,
     device: str = "auto",
     precision: str = "32-true",
+    matmul_precision: str | None = None,
+    compile: bool | Literal["auto"] = "auto",
     checkpoint_seconds: float = 10.0,
     progress: bool = True,
     tensorboard: bool = False,
@@ -94,8 +98,17 @@ def fit(
         warmup: weight of the KL: a number of epochs for a linear warm-up, or a schedule.
         patience: stop after so many epochs without a better validation ELBO, counted from the
             end of the warm-up, and keep the best weights. None: no early stopping.
+        accumulate: run each batch in so many parts, one after the other, and add up their
+            gradients: less memory, the same mean.
         device: "auto", "cpu" or "cuda".
-        precision: "32-true", "64-true" or "bf16-mixed", as Lightning Fabric names them.
+        precision: "32-true", "64-true" or "bf16-mixed", as Lightning Fabric names them. Densities
+            and their sums are in full precision in any case.
+        matmul_precision: of float32 matrix products during the fit: "highest", or "high" (TF32 on
+            CUDA) or "medium", as ``torch.set_float32_matmul_precision`` names them; None leaves
+            torch's setting.
+        compile: True compiles the step, which takes seconds at the start; False runs it eagerly;
+            "auto" compiles once the steps to come are expected to save more than that. See
+            :class:`ppl_vae.SVI`. Results are the same up to rounding.
         checkpoint_seconds: least time between checkpoints (the last step has one in any case).
         progress: show ELBO, reconstruction, KL and the time left on standard error.
         tensorboard: write the metrics to ``out`` for TensorBoard too.
@@ -132,13 +145,23 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(aside())
         stack.enter_context(pyro.validation_enabled(False))
+        if matmul_precision is not None:
+            stack.enter_context(_matmul_precision(matmul_precision))
         torch.manual_seed(seed)
         example = model.observed(train.batch(slice(0, batch_size), fabric.device, dtype))
         for program in (model, guide):
             check_measurable(read_sites(program, **example).values())
         check_pair(model, guide, **example, total=len(train))
+        schedule_of_weight = LinearWarmup(warmup) if isinstance(warmup, int | float) else warmup
+        annealed = schedule_of_weight.ends > 0
         training = Training(
-            objective or plain_elbo(model, guide, **example), len(train), fabric.autocast
+            objective or plain_elbo(model, guide, **example),
+            len(train),
+            fabric.autocast,
+            annealed=annealed,
+            parts=accumulate,
+            device=fabric.device,
+            dtype=dtype,
         )
         held = parameters(model, guide)
         if not held:
@@ -159,13 +182,23 @@ def fit(
             run = _reopen(out, about) if resume else Run.create(out, about | dict(record or {}))
             stack.enter_context(run.lock())
             run.update(status="running", fit=about["fit"])
+        feed = feed_for(model, train, fabric.device, dtype)
         loop = TrainingLoop(
             model=model,
             guide=guide,
             training=training,
             optimizer=optim,
             scheduler=_scheduler(schedule, optim, epochs),
-            svi=SVI(model, guide, optim, training, max_grad_norm=max_grad_norm),
+            svi=SVI(
+                model,
+                guide,
+                optim,
+                training,
+                max_grad_norm=max_grad_norm,
+                compile=compile,
+                feed=feed,
+            ),
+            feed=feed,
             train=train,
             validation=validation,
             device=fabric.device,
@@ -173,12 +206,18 @@ def fit(
             epochs=epochs,
             batch_size=min(batch_size, len(train)),
             seed=seed,
-            warmup=LinearWarmup(warmup) if isinstance(warmup, int | float) else warmup,
+            warmup=schedule_of_weight,
+            annealed=annealed,
             patience=patience,
             checkpoint_seconds=checkpoint_seconds,
             run=run,
         )
         loop.start(resume)
+        # What was settled by timing must not be settled another way after an interruption.
+        known = run.record.get("compiled_batches") if run is not None else None
+        compiled = loop.prepare(known if compile == "auto" else None)
+        if run is not None:
+            run.update(compiled_batches=compiled)
         folder = run.folder / "tensorboard" if tensorboard and run is not None else None
         write = stack.enter_context(tensorboard_writer(folder, loop.epoch))
         show = stack.enter_context(training_progress(epochs, loop.epoch, enabled=progress))
@@ -199,7 +238,9 @@ _SETTINGS = (
     "max_grad_norm",
     "warmup",
     "patience",
+    "accumulate",
     "precision",
+    "matmul_precision",
 )
 
 
@@ -247,7 +288,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     def refuse(name: str, expected: str) -> NoReturn:
         raise ValueError(f"{name}={given[name]!r}: expected {expected}")
 
-    for name in ("epochs", "batch_size"):
+    for name in ("epochs", "batch_size", "accumulate"):
         if not (isinstance(given[name], int) and given[name] >= 1):
             refuse(name, "a whole number of at least 1")
     if not isinstance(given["seed"], int):
@@ -269,6 +310,10 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"optimizer={given['optimizer']!r}: expected one of {', '.join(OPTIMIZERS)}"
         )
+    if given["matmul_precision"] not in (None, "highest", "high", "medium"):
+        refuse("matmul_precision", "highest, high, medium or None")
+    if given["compile"] not in (True, False, "auto"):
+        refuse("compile", "True, False or 'auto'")
     if isinstance(given["schedule"], str) and given["schedule"] not in ("cosine", "plateau"):
         raise ValueError(f"schedule={given['schedule']!r}: expected cosine, plateau or a function")
     if isinstance(given["warmup"], int | float) and not given["warmup"] >= 0:
@@ -303,6 +348,16 @@ def _precision(precision: str) -> Any:
     if precision not in known:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(known)}")
     return precision
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _scheduler(

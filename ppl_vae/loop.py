@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ppl_vae.checkpoints import Checkpoint, CorruptCheckpoint
 from ppl_vae.data import Rows
 from ppl_vae.evaluation import mean_elbo
+from ppl_vae.feed import Resident, Streamed
 from ppl_vae.model import GenerativeModel
 from ppl_vae.objectives import Schedule, Training
 from ppl_vae.run import Run
@@ -36,6 +37,7 @@ class TrainingLoop:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | ReduceLROnPlateau | None
     svi: SVI
+    feed: Resident | Streamed
     train: Rows
     validation: Rows | None
     device: torch.device
@@ -44,13 +46,14 @@ class TrainingLoop:
     batch_size: int
     seed: int
     warmup: Schedule
+    annealed: bool
     patience: int | None
     checkpoint_seconds: float
     run: Run | None
 
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the current one
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0])  # reconstruction, KL
+    losses: list[Any] = field(default_factory=list)  # of this epoch's batches, not waited for
     best_elbo: float = -math.inf
     best_epoch: int = 0
     seconds: float = 0.0
@@ -62,15 +65,28 @@ class TrainingLoop:
     def batches(self) -> int:
         return math.ceil(len(self.train) / self.batch_size)
 
+    def prepare(self, compiled: Collection[int] | None = None) -> list[int]:
+        """Settle which steps are compiled, of whole batches and of a smaller last one, before any
+        is taken: the sizes of the compiled ones.
+
+        Args:
+            compiled: as an interrupted run has settled it, whose bits depend on it.
+        """
+        order, settled = self._order(), []
+        for numbers in order[:1] + order[-1:] if len(order[-1]) < len(order[0]) else order[:1]:
+            size = len(numbers)
+            steps = self.epochs * sum(len(part) == size for part in order)
+            [batch] = self.feed.batches([numbers])
+            how = None if compiled is None else size in compiled
+            if self.svi.prepare(batch, steps=steps, compile=how):
+                settled.append(size)
+        return settled
+
     def fit(self, show: Callable[[dict[str, float]], Any], interrupted: threading.Event) -> None:
         while self.epoch < self.epochs and not self._out_of_patience():
-            # The order is a function of seed and epoch, so a checkpoint within one needs no list.
-            order = torch.randperm(
-                len(self.train), generator=torch.Generator().manual_seed(self._order_seed())
-            )
             started = time.monotonic()
-            for rows in order.split(self.batch_size)[self.batch :]:
-                self._step(rows)
+            for batch in self.feed.batches(self._order()[self.batch :]):
+                self._step(batch)
                 if interrupted.is_set():
                     self.seconds += time.monotonic() - started
                     self.save()
@@ -85,35 +101,54 @@ class TrainingLoop:
             load_weights(self.model, self.guide, self.best)
         self._status("finished")
 
-    def _order_seed(self) -> int:
-        return (self.seed * 1_000_003 + self.epoch) % 2**63
+    def _order(self) -> list[Tensor]:
+        """The row numbers of each batch of the epoch.
 
-    def _step(self, rows: Tensor) -> None:
-        batch = self.model.observed(self.train.batch(rows, self.device, self.dtype))
-        self.training.weight = self._weight(self.batch)
-        try:
-            self.svi.step(**batch, total=len(self.train))
-        except NonFiniteLoss as error:
-            self._stop(f"{error}; {_culprit(self.model, self.guide, batch)}")
-        terms = self.training.terms
-        assert terms is not None
-        self.sums[0] += float(terms.reconstruction) * len(rows)
-        self.sums[1] += float(terms.kl) * len(rows)
+        A function of seed and epoch, so that a checkpoint within an epoch needs no list.
+        """
+        seed = (self.seed * 1_000_003 + self.epoch) % 2**63
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return list(order.split(self.batch_size))
+
+    def _step(self, batch: Any) -> None:
+        if self.annealed:
+            self.training.weight = self._weight(self.batch)
+        self.losses.append(self.svi.update(batch))
         self.batch += 1
+        if self.device.type == "cpu":  # elsewhere, looking would mean to wait
+            self._check_losses()
+
+    def _check_losses(self) -> None:
+        """Stop at a loss that is not finite. Its step, and those after it, changed nothing."""
+        losses, self.losses = self.losses, []
+        if not losses:
+            return
+        values = torch.stack([torch.as_tensor(loss) for loss in losses])
+        bad = (~values.isfinite()).nonzero()
+        if len(bad) == 0:
+            return
+        number = self.batch - len(losses) + int(bad[0])
+        rows = self._order()[number]
+        batch = self.model.observed(self.train.batch(rows, self.device, self.dtype))
+        self.batch = number + 1
+        culprit = _culprit(self.model, self.guide, batch)
+        self._stop(f"the loss is {values[int(bad[0])].item()}; {culprit}")
 
     def _weight(self, batch: int) -> float:
         return self.warmup(self.epoch + batch / self.batches)
 
     def _end_epoch(self) -> dict[str, float]:
-        reconstruction, kl = (total / len(self.train) for total in self.sums)
+        self._check_losses()
+        terms = self.training.terms
         row = {
             "epoch": self.epoch + 1,
-            "elbo": reconstruction - kl,
-            "reconstruction": reconstruction,
-            "kl": kl,
+            "elbo": terms.elbo.item(),
+            "reconstruction": terms.reconstruction.item(),
+            "kl": terms.kl.item(),
         }
         weight = self._weight(self.batches - 1)
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0]
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.training.forget()
         validation_elbo = None
         if self.validation is not None:
             terms = mean_elbo(self.model, self.guide, self.validation, seed=self.seed)
@@ -161,6 +196,7 @@ class TrainingLoop:
     def save(self) -> None:
         if self.run is None:
             return
+        self._check_losses()
         for name, parameter in weights(self.model, self.guide).items():
             if parameter.is_floating_point() and not parameter.isfinite().all():
                 self._stop(f"parameter {name} is no longer finite")
@@ -170,13 +206,14 @@ class TrainingLoop:
         optimizer = self.optimizer.state_dict()
         for index, slots in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
+        tensors |= {f"average.{name}": value for name, value in self.svi.averages.items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": self.sums,
+            "totals": self.training.totals.tolist(),
             "best_elbo": self.best_elbo,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -195,10 +232,14 @@ class TrainingLoop:
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 slots.setdefault(int(index), {})[key] = tensor
+            elif name.startswith("average."):
+                average = tensor.to(self.device).requires_grad_()
+                self.svi.averages[name.removeprefix("average.")] = average
         self.optimizer.load_state_dict({"state": slots, "param_groups": state["optimizer"]})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.batch, self.sums = state["epoch"], state["batch"], list(state["sums"])
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.training.totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         self.best_elbo, self.best_epoch = state["best_elbo"], state["best_epoch"]
         self.seconds = state["seconds"]
         if self.patience is not None:
@@ -225,7 +266,12 @@ class TrainingLoop:
 
     def _status(self, status: str) -> None:
         if self.run is not None:
-            self.run.update(status=status, epochs_done=self.epoch, seconds=self.seconds)
+            self.run.update(
+                status=status,
+                epochs_done=self.epoch,
+                seconds=self.seconds,
+                compile_seconds=self.svi.compile_seconds,
+            )
 
     def _stop(self, why: str) -> NoReturn:
         self._status("failed")

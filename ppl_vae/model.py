@@ -129,16 +129,28 @@ def by_name(
 
 
 @contextmanager
-def own_parameters(*programs: object) -> Iterator[None]:
+def own_parameters(*programs: object, state: dict[str, Any] | None = None) -> Iterator[None]:
     """Run PyroModules on the parameters they hold, whatever Pyro's global store holds.
 
     Pyro's store matches parameters by name: a second model whose ``encoder.weight`` meets that
     of a first one would silently train, or read, the first one's. Modules hold their own
     parameters, so they get an empty store for the time of a call. Plain functions keep theirs
     nowhere else and run on the global store as they always do.
+
+    Args:
+        state: a state of the store, in which is kept from call to call what an objective puts
+            there besides the modules' parameters: averages for baselines.
     """
-    if all(isinstance(program, torch.nn.Module) for program in programs):
-        with cast(Any, pyro.get_param_store()).scope():
-            yield
-    else:
+    if not all(isinstance(program, torch.nn.Module) for program in programs):
         yield
+        return
+    state = {"params": {}, "constraints": {}} if state is None else state
+    with cast(Any, pyro.get_param_store()).scope(state):
+        yield
+    for kind in state.values():
+        for name in [name for name in kind if not name.startswith(_AVERAGE)]:
+            del kind[name]
+
+
+_AVERAGE = "__baseline_avg_downstream_cost_"
+"""How Pyro names the decaying averages of TraceGraph_ELBO's baselines."""

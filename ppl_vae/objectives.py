@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ class CyclicalWarmup:
 
 @dataclass
 class Terms:
-    """The plain ELBO of what an objective last ran, in nats per datum.
+    """The plain ELBO, in nats per datum.
 
     Kept as tensors, so that reading a step's figures is the caller's choice of when to wait.
     """
@@ -172,11 +173,12 @@ class Terms:
 
 
 class Training:
-    """An objective as the training loop runs it: per datum, annealed, and watched.
+    """An objective as the training loop runs it: per datum, annealed, in parts, and watched.
 
     The latents' log-probabilities are weighted from outside by ``weight``, so neither model nor
-    guide knows of annealing; ``terms`` holds the unannealed ELBO of the last run, whatever the
-    objective is. A loss per datum makes the gradient's norm independent of the data's size.
+    guide knows of annealing; ``terms`` is the unannealed ELBO, whatever the objective is. A loss
+    per datum makes the gradient's norm independent of the data's size. All that changes from step
+    to step is held in tensors, so that a recorded step follows it.
 
     Args:
         objective: the estimator that is optimized; linear in log-probabilities, or their scale
@@ -184,6 +186,13 @@ class Training:
         total: size of the data set; log-probabilities are divided by it.
         autocast: gives a context for the programs' runs, such as Fabric's ``autocast``; densities
             are taken outside it, in full precision.
+        annealed: whether ``weight`` will be set; else it is 1, and costs nothing.
+        parts: a batch is run in so many parts, whose gradients add up: with less memory, to the
+            same mean.
+        device, dtype: of the programs.
+
+    Attributes:
+        totals: sums over all rows run so far of reconstruction, KL, and 1: ``(3,)``.
     """
 
     def __init__(
@@ -191,51 +200,89 @@ class Training:
         objective: Objective,
         total: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        annealed: bool = True,
+        parts: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.objective = objective
         self.total = total
         self.autocast = autocast
-        self.weight = 1.0
-        self.terms: Terms | None = None
+        self.parts = parts
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self._weight = torch.ones((), dtype=dtype, device=device) if annealed else None
+
+    @property
+    def weight(self) -> float:
+        """Weight of the latents' log-probabilities."""
+        return 1.0 if self._weight is None else self._weight.item()
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if self._weight is None:
+            raise ValueError("an objective that is not annealed has weight 1: Training(annealed=)")
+        self._weight.fill_(weight)
+
+    @property
+    def terms(self) -> Terms:
+        """The mean over the rows run so far."""
+        reconstruction, kl, rows = self.totals
+        return Terms(reconstruction / rows, kl / rows)
+
+    def forget(self) -> None:
+        """Begin the mean of ``terms`` anew."""
+        self.totals.zero_()
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        return self._run(backward, model, guide, *args, **kwargs)
+    ) -> Any:
+        return self._run(backward, model, guide, args, kwargs)
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    ) -> Any:
         def loss(objective: Objective, *args: Any, **kwargs: Any) -> Any:
             return objective.loss(*args, **kwargs)
 
-        return self._run(loss, model, guide, *args, **kwargs)
+        return self._run(loss, model, guide, args, kwargs)
 
     def _run(
         self,
         how: Callable[..., Any],
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> float:
-        watch = _Watch(self.autocast)
-        scale = _Scale(observed=1 / self.total, latent=self.weight / self.total)
-        loss = how(
-            self.objective,
-            watch.of_model(scale(model)),
-            watch.of_guide(scale(guide)),
-            *args,
-            **kwargs,
-        )
-        self.terms = watch.terms(self.total)
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        some = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        loss: Any = 0.0
+        for part in range(self.parts):
+            own_args = tuple(_part(value, part, self.parts) for value in args)
+            own_kwargs = {k: _part(value, part, self.parts) for k, value in kwargs.items()}
+            size = len(_part(some, part, self.parts))
+            if size == 0:
+                continue
+            share = size / len(some) / self.total
+            latent = share if self._weight is None else share * self._weight
+            scale = _Scale(observed=share, latent=latent)
+            watch = _Watch(self.autocast)
+            watched = watch.of_model(scale(model)), watch.of_guide(scale(guide))
+            loss = loss + how(self.objective, *watched, *own_args, **own_kwargs)
+            terms = watch.terms(self.total)
+            new = (terms.reconstruction, terms.kl, torch.ones(()))
+            self.totals += size * torch.stack([x.to(self.totals) for x in new])
         return loss
+
+
+def _part(value: Any, part: int, parts: int) -> Any:
+    return value.tensor_split(parts)[part] if isinstance(value, Tensor) and parts > 1 else value
 
 
 class _Scale(Messenger):
     """Weights the log-probabilities of observed and of latent sites."""
 
-    def __init__(self, observed: float, latent: float) -> None:
+    def __init__(self, observed: float, latent: float | Tensor) -> None:
         super().__init__()
         self.observed = observed
         self.latent = latent
@@ -287,7 +334,7 @@ class _Watch:
     def terms(self, total: int) -> Terms:
         if self.enumerated:
             # The sum over an enumerated site's values needs their weights, which are not heard.
-            return Terms(torch.tensor(torch.nan), torch.tensor(torch.nan))
+            return Terms(torch.tensor(math.nan), torch.tensor(math.nan))
         runs = max(self.runs, 1) * total
         return Terms(torch.as_tensor(self.observed) / runs, -torch.as_tensor(self.latent) / runs)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
-from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from ppl_vae.assumptions import buffers
+from ppl_vae.graphs import Snapshot
 from ppl_vae.model import own_parameters
 from ppl_vae.objectives import Objective, backward
+from ppl_vae.steps import Steps
+
+Feed = Callable[..., Mapping[str, Any]]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -27,15 +32,33 @@ class SVI:
     in one process is safe), and plain functions with ``pyro.module`` and ``pyro.param``, which
     run on Pyro's parameter store as usual.
 
+    A step is recorded once for each shape of its arguments, with the backward pass and the
+    optimizer, as a flat graph that TorchInductor compiles; from then on the programs' Python does
+    not run. Random draws are those of the eager step. What the programs read besides their
+    arguments (attributes that are numbers, the training mode, tensors bound to names) is looked
+    over before each step, and a change leads to a new recording; Python that has other effects,
+    such as drawing from ``random``, is noticed where it matters in the step after the recording,
+    which is computed both ways. What cannot be recorded or compiled runs eagerly, with one warning
+    that says where and why.
+
     Args:
         model, guide: Pyro programs with the same arguments.
         optim: a ``torch.optim.Optimizer`` over the parameters, or a ``PyroOptim``.
         loss: the objective.
         max_grad_norm: gradients longer than this are shortened to it (torch optimizers only;
             a ``PyroOptim`` has ``clip_args``).
+        compile: True compiles as soon as it can, which takes seconds once; False never; "auto"
+            when the time that it saves in the steps to come, as many as there have been so far, is
+            expected to exceed what it costs.
+        feed: makes the programs' keyword arguments from those of ``step``, inside the recorded
+            step, so that data are gathered and binarized there.
+
+    Attributes:
+        compile_seconds: what recording and compiling have cost so far.
 
     Raises:
         TypeError: an optimizer of neither kind, or ``max_grad_norm`` with a ``PyroOptim``.
+        ValueError: ``compile`` is none of the three.
     """
 
     def __init__(
@@ -46,6 +69,8 @@ class SVI:
         loss: Objective,
         *,
         max_grad_norm: float | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        feed: Feed | None = None,
     ) -> None:
         if not isinstance(optim, torch.optim.Optimizer | PyroOptim):
             raise TypeError(
@@ -56,8 +81,19 @@ class SVI:
             raise TypeError(
                 "SVI: max_grad_norm goes with a torch optimizer; PyroOptim clips itself"
             )
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"SVI: compile={compile!r}; expected True, False or 'auto'")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.max_grad_norm = max_grad_norm
+        self.compile = compile
+        self.feed = feed
+        self.begun = False
+        self._averages: dict[str, Any] = {"params": {}, "constraints": {}}
+        self._steps = Steps(self)
+
+    @property
+    def compile_seconds(self) -> float:
+        return self._steps.seconds
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step; arguments go to model and guide. Returns the loss.
@@ -65,30 +101,123 @@ class SVI:
         Raises:
             NonFiniteLoss: parameters and optimizer are then as they were before the step.
         """
-        with own_parameters(self.model, self.guide):
-            if isinstance(self.optim, PyroOptim):
-                with poutine.trace(param_only=True) as capture:
-                    loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
-                used = {_unconstrained(node) for node in capture.trace.nodes.values()}
-                if _is_finite(loss):
-                    self.optim(list(used))
-                zero_grads(used)
-            else:
-                self.optim.zero_grad()
-                loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
-                if self.max_grad_norm is not None:
-                    held = [p for group in self.optim.param_groups for p in group["params"]]
-                    torch.nn.utils.clip_grad_norm_(held, self.max_grad_norm)
-                if _is_finite(loss):
-                    self.optim.step()
-        if not _is_finite(loss):
+        loss = as_numbers(self.update(*args, **kwargs))
+        if not is_finite(loss):
             raise NonFiniteLoss(f"the loss is {loss}")
         return loss
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one gradient step without waiting for it. Returns the loss, which a compiled step
+        gives as a tensor ``()``; on CUDA, the next one overwrites it.
+
+        A loss that is not finite changes neither parameters nor optimizer, and raises nothing.
+        """
+        if self.compile is False:
+            return self.eager_step(*args, **kwargs)
+        return self._steps(args, kwargs)
+
+    def prepare(
+        self,
+        *args: Any,
+        steps: int,
+        compile: bool | Literal["auto"] | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Settle, before training, whether steps with such arguments are compiled, and compile
+        them if so, by trial steps that are taken back. Returns whether they are compiled.
+
+        Training then leads to the same bits wherever it is interrupted and resumed.
+
+        Args:
+            args, kwargs: as those of ``step``.
+            steps: how many are to come; "auto" weighs what they save.
+            compile: for these steps, instead of the SVI's own.
+        """
+        how = self.compile if compile is None else compile
+        return self.compile is not False and self._steps.prepare(args, kwargs, steps, how)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; arguments go to model and guide."""
         with torch.no_grad(), own_parameters(self.model, self.guide):
             return self.loss.loss(self.model, self.guide, *args, **kwargs)
+
+    def eager_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step by the programs' own Python: ``update`` without the graph."""
+        with self.parameters():
+            loss, used = self.gradients(*args, **kwargs)
+            self.finish(loss, used)
+        self.begun = True
+        return loss
+
+    def parameters(self) -> AbstractContextManager[None]:
+        """Where ``gradients`` and ``apply`` are called: the programs run on their parameters."""
+        return own_parameters(self.model, self.guide, state=self._averages)
+
+    def gradients(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """The loss, and the parameters that it has put a gradient on, in a fixed order."""
+        if isinstance(self.optim, torch.optim.Optimizer):
+            self.optim.zero_grad()
+        if self.feed is not None:
+            args, kwargs = (), dict(self.feed(*args, **kwargs))
+        with poutine.trace(param_only=True) as capture:
+            loss = backward(self.loss, self.model, self.guide, *args, **kwargs)
+        if isinstance(self.optim, torch.optim.Optimizer):
+            held = [p for group in self.optim.param_groups for p in group["params"]]
+        else:
+            held = [_unconstrained(node) for node in capture.trace.nodes.values()]
+        return loss, [p for p in dict.fromkeys(held) if p.grad is not None]
+
+    def clip(self, used: list[Tensor]) -> None:
+        """Shorten the gradients to ``max_grad_norm``."""
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(used, self.max_grad_norm)
+
+    def finish(self, loss: Any, used: list[Tensor]) -> None:
+        """Let the optimizer step on the gradients if the loss is finite, and drop them."""
+        self.clip(used)
+        if is_finite(as_numbers(loss)):
+            self.optim(used) if isinstance(self.optim, PyroOptim) else self.optim.step()
+        for parameter in used:
+            parameter.grad = None
+
+    def changing(self) -> list[Tensor]:
+        """The tensors that a step writes to: parameters, moments, buffers, running figures."""
+        groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
+        held: list[Any] = [parameter for group in groups for parameter in group["params"]]
+        held += [slot.tensor for slot in buffers(self.model, self.guide)]
+        held += [*self._made_by_steps(), *vars(self.loss).values()]
+        return [value for value in held if isinstance(value, Tensor)]
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Steps inside are taken back, those of programs whose parameters exist already."""
+        known, begun = set(map(id, self._made_by_steps())), self.begun
+        before = Snapshot(self.changing())
+        try:
+            yield
+        finally:
+            before.restore()
+            for made in self._made_by_steps():
+                if id(made) not in known:  # moments and averages start at 0
+                    made.zero_()
+            self.begun = begun
+
+    def _made_by_steps(self) -> list[Tensor]:
+        slots = (
+            slot for o in self._optimizers() for held in o.state.values() for slot in held.values()
+        )
+        tensors = [slot for slot in slots if isinstance(slot, Tensor)]
+        return [*tensors, *(average.detach() for average in self.averages.values())]
+
+    def _optimizers(self) -> list[Any]:
+        if isinstance(self.optim, torch.optim.Optimizer):
+            return [self.optim]
+        return list(self.optim.optim_objs.values())
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The decaying averages of Pyro's baselines, which no module holds, by name."""
+        return self._averages["params"]
 
 
 def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -97,7 +226,15 @@ def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:
     return list(dict.fromkeys(held))
 
 
-def _is_finite(loss: Any) -> bool:
+def as_numbers(loss: Any) -> Any:
+    """A loss, or a tuple of them, as Python numbers; waits for the device."""
+    if isinstance(loss, tuple):
+        return tuple(map(as_numbers, loss))
+    return loss.item() if isinstance(loss, Tensor) else loss
+
+
+def is_finite(loss: Any) -> bool:
+    """Whether a loss, or each of a tuple, is a finite number."""
     return all(map(math.isfinite, loss if isinstance(loss, tuple) else (loss,)))
 
 

@@ -86,7 +86,24 @@ class Rows:
                 f"indices must be an int64 tensor or a slice, not {type(indices).__name__}; "
                 "torch.as_tensor(indices) makes one"
             )
-        return {name: self._ready(name, indices, device, dtype) for name in self.stored}
+        return self.ready(self.gather(indices), device, dtype)
+
+    def gather(self, indices: Tensor | slice) -> dict[str, Tensor]:
+        """Rows as they are stored, in copies, where they are stored: column -> (B, ...)."""
+        if isinstance(indices, slice):
+            # A view would let a model write into the data set.
+            return {name: stored[indices].clone() for name, stored in self.stored.items()}
+        return {name: stored[indices.to(stored.device)] for name, stored in self.stored.items()}
+
+    def ready(
+        self,
+        gathered: Mapping[str, Tensor],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """Rows as a model takes them, from rows as they are stored: see `batch`."""
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        return {name: self._ready(name, value, device, dtype) for name, value in gathered.items()}
 
     def batches(
         self,
@@ -105,17 +122,8 @@ class Rows:
         return (self.batch(slice(start, start + size), device, dtype) for start in starts)
 
     def _ready(
-        self,
-        name: str,
-        indices: Tensor | slice,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
+        self, name: str, value: Tensor, device: torch.device | str | None, dtype: torch.dtype
     ) -> Tensor:
-        stored = self.stored[name]
-        if isinstance(indices, slice):
-            value = stored[indices].clone()  # a view would let a model write into the data set
-        else:
-            value = stored[indices.to(stored.device)]
         if device is not None:
             value = value.to(device)
         if name == "y":

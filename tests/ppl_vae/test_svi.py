@@ -150,7 +150,7 @@ def test_a_second_model_trains_its_own_weights(model, ours, guarded, monkeypatch
     second, second_guide, _ = zoo_pair(model, MeanField, seed=1)
     held, start = parameters(second, second_guide), state(second, second_guide)
     if not guarded:
-        monkeypatch.setattr(ppl_vae.svi, "own_parameters", lambda *_: nullcontext())
+        monkeypatch.setattr(ppl_vae.svi, "own_parameters", lambda *_, **__: nullcontext())
     train(SVI(second, second_guide, ours(second, second_guide), Trace_ELBO()), x)
     moved = [not torch.equal(p, s) for p, s in zip(held, start, strict=True)]
     assert all(moved) is guarded
@@ -166,6 +166,8 @@ def test_evaluate_loss_takes_no_step_and_leaves_gradients_alone():
     svi = SVI(model, guide, optimizer, Trace_ELBO())
     train(svi, x, steps=1)
     before, moments = state(model, guide), copy.deepcopy(optimizer.state_dict()["state"])
+    for parameter in parameters(model, guide):
+        parameter.grad = torch.rand_like(parameter)
     gradients = [p.grad.clone() for p in parameters(model, guide)]
     pyro.set_rng_seed(5)
     loss = svi.evaluate_loss(x=x, total=TOTAL)

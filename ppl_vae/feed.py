@@ -1,0 +1,107 @@
+"""How batches reach a step: gathered inside it from data on its device, or streamed there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae.data import Rows
+from ppl_vae.model import GenerativeModel
+
+Feed = dict[str, Any]
+
+
+class Resident:
+    """Rows that lie on the device: a batch is their numbers, gathered and binarized in the step.
+
+    Args:
+        model: says which columns it observes.
+        rows: of the training split, on any device; they are moved.
+        device, dtype: of the model.
+    """
+
+    def __init__(
+        self, model: GenerativeModel, rows: Rows, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._model, self._rows = model, rows.to(device)
+        self._device, self._dtype = device, dtype
+
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What a step takes, for each batch's row numbers."""
+        if self._device.type == "cpu" or not numbers:
+            yield from numbers
+            return
+        sizes = [len(part) for part in numbers]
+        # One transfer an epoch.
+        yield from torch.cat(list(numbers)).to(self._device).split(sizes)
+
+    def __call__(self, numbers: Tensor) -> Feed:
+        """The programs' arguments; inside the step."""
+        batch = self._rows.batch(numbers, self._device, self._dtype)
+        return {**self._model.observed(batch), "total": len(self._rows)}
+
+
+class Streamed:
+    """Rows that the device has no room for: gathered on the host, a batch ahead of the step.
+
+    On CUDA, batches travel as they are stored, bytes for grey images, from pinned memory and on a
+    stream of their own, and become floats, or bits, in the step.
+
+    Args: as :class:`Resident`; the rows stay where they are.
+    """
+
+    def __init__(
+        self, model: GenerativeModel, rows: Rows, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._model, self._rows = model, rows
+        self._device, self._dtype = device, dtype
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def batches(self, numbers: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        """What a step takes, for each batch's row numbers."""
+        ahead = None
+        for part in numbers:
+            behind, ahead = ahead, self._send(part)
+            if behind is not None:
+                yield self._arrived(behind)
+        if ahead is not None:
+            yield self._arrived(ahead)
+
+    def __call__(self, gathered: dict[str, Tensor]) -> Feed:
+        """The programs' arguments; inside the step."""
+        batch = self._rows.ready(gathered, self._device, self._dtype)
+        return {**self._model.observed(batch), "total": len(self._rows)}
+
+    def _send(self, numbers: Tensor) -> dict[str, Tensor]:
+        gathered = self._rows.gather(numbers)
+        if self._stream is None:
+            return gathered
+        pinned = {name: value.pin_memory() for name, value in gathered.items()}
+        with torch.cuda.stream(self._stream):
+            return {k: v.to(self._device, non_blocking=True) for k, v in pinned.items()}
+
+    def _arrived(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for value in batch.values():
+                value.record_stream(current)  # its memory is not reused before the step has run
+        return batch
+
+
+ROOM = 0.5
+"""Share of the device's free memory that data may take."""
+
+
+def feed_for(
+    model: GenerativeModel, rows: Rows, device: torch.device, dtype: torch.dtype
+) -> Resident | Streamed:
+    """The feed for training rows: resident where they fit the device's memory."""
+    if device.type == "cuda":
+        size = sum(value.numel() * value.element_size() for value in rows.stored.values())
+        if size > ROOM * torch.cuda.mem_get_info(device)[0]:
+            return Streamed(model, rows, device, dtype)
+    return Resident(model, rows, device, dtype)
