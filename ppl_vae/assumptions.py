@@ -25,9 +25,13 @@ class Assumptions:
     Found in modules (their attributes, parameters and buffers, of all submodules), in functions
     (free variables, and the globals that they name), in methods, partial functions and Pyro's
     handlers. What stands deeper, in lists or in objects of other kinds, is not seen.
+
+    Attributes:
+        modules: all that were found, submodules too.
     """
 
     def __init__(self, programs: Iterable[Callable[..., Any]]) -> None:
+        self.modules: list[nn.Module] = []
         self._seen: set[int] = set()
         self._plain: list[tuple[str, Mapping[str, Any], str, Any]] = []
         self._tensors: list[tuple[str, Mapping[str, Any], str, Tensor, bool]] = []
@@ -50,17 +54,26 @@ class Assumptions:
                 return name
         return None
 
+    def hold(self, name: str, tensors: Mapping[str, Tensor | None]) -> None:
+        """Assume that a dict goes on holding the tensors that it holds."""
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                self._tensors.append((f"{name}.{key}", tensors, key, tensor, tensor.requires_grad))
+
     def _add(self, name: str, value: Any) -> None:
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):
             for path, module in value.named_modules():
+                if id(module) in self._seen and module is not value:
+                    continue
                 self._seen.add(id(module))
+                self.modules.append(module)
                 full = f"{name}.{path}" if path else name
                 self._add_attributes(full, vars(module))
-                self._add_tensors(full, module._parameters)
-                self._add_tensors(full, module._buffers)
+                self.hold(full, module._parameters)
+                self.hold(full, module._buffers)
         elif isinstance(value, types.FunctionType):
             self._add_function(name, value)
         elif isinstance(value, types.MethodType):
@@ -82,11 +95,6 @@ class Assumptions:
                 self._plain.append((f"{name}.{key}", attributes, key, value))
             elif isinstance(value, Tensor):
                 self._tensors.append((f"{name}.{key}", attributes, key, value, value.requires_grad))
-
-    def _add_tensors(self, name: str, tensors: Mapping[str, Tensor | None]) -> None:
-        for key, tensor in tensors.items():
-            if tensor is not None:
-                self._tensors.append((f"{name}.{key}", tensors, key, tensor, tensor.requires_grad))
 
     def _add_function(self, name: str, function: types.FunctionType) -> None:
         for variable, cell in zip(
@@ -122,11 +130,10 @@ class Buffer:
 
 
 def buffers(*programs: Callable[..., Any]) -> list[Buffer]:
-    """The buffers of programs that are modules, each module's once."""
-    modules = {m: None for p in programs if isinstance(p, nn.Module) for m in p.modules()}
+    """The buffers of the modules that programs are, or use."""
     return [
         Buffer(module._buffers, name, tensor)
-        for module in modules
+        for module in Assumptions(programs).modules
         for name, tensor in module._buffers.items()
         if tensor is not None
     ]

@@ -14,6 +14,7 @@ import copy
 import linecache
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,13 @@ from typing import Any, cast
 import pyro
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.utils import _pytree as pytree
 
 Call = Callable[..., Any]
+
+unrecorded = disable_proxy_modes_tracing
+"""A context within a recorded function, in which tensors are made that later runs read."""
 
 
 class Untraceable(RuntimeError):
@@ -32,8 +36,8 @@ class Untraceable(RuntimeError):
 
     @classmethod
     def because(cls, error: Exception) -> Untraceable:
-        """The sentence for an error that recording, or compiling, ran into."""
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        """The sentence for an error that recording ran into."""
+        reason = _first_line(error)
         if "get value out of a tracing tensor" in reason:
             reason = "what it does depends on the value of a tensor"
         return cls(f"{line_of(error)}: {reason}" if line_of(error) else reason)
@@ -88,19 +92,22 @@ class Graph:
         """
         from torch import _inductor
 
-        # What recording noted of the tensors belongs to other runs.
         graph = copy.deepcopy(self._module.graph)
+        _keep_draws(graph)
+        _compute_numbers_once(graph)
+        # What recording noted of the tensors belongs to other runs.
         for node in graph.nodes:
             node.meta.clear()
         module = fx.GraphModule(self._module, graph)
         held = [*self.captured, *inputs]
         try:
-            with torch.no_grad():
+            # The compiler warns of its own code and of this machine.
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                 program = cast(Any, _inductor).compile(
                     module, held, options={"fallback_random": True}
                 )
         except Exception as error:  # whatever a compiler, or its absence, may raise
-            raise Untraceable.because(error) from error
+            raise Untraceable(_first_line(error)) from error
         captured, structure = self.captured, self._structure
         if any(tensor.is_cuda for tensor in held):
             program = CudaGraph(program, captured, self.mutated)
@@ -238,6 +245,41 @@ def _lift(module: fx.GraphModule) -> list[Tensor]:
     return [tensor for tensor, _ in found.values()]
 
 
+def _keep_draws(graph: fx.Graph) -> None:
+    """Write ``bernoulli`` as torch computes it: the compiler would compare uniform numbers instead,
+    which in double precision are other draws from the same random state."""
+    aten = torch.ops.aten
+    for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
+        with graph.inserting_before(node):
+            empty = graph.call_function(aten.empty_like.default, (node.args[0],))
+            drawn = graph.call_function(aten.bernoulli_.Tensor, (empty, node.args[0]), node.kwargs)
+        node.replace_all_uses_with(drawn)
+        graph.erase_node(node)
+
+
+def _compute_numbers_once(graph: fx.Graph) -> None:
+    """Keep the compiler from computing a single number again for each entry of a large tensor.
+
+    It writes out, in the loop over a parameter, what the loop needs of numbers: a power and a root
+    for a bias correction of Adam, for every 16 entries. A strided view makes it store them.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or _shape(node) != ():
+            continue
+        large = [user for user in node.users if len(_shape(user) or ()) > 0]
+        if not large or not node.meta["tensor_meta"].dtype.is_floating_point:
+            continue
+        with graph.inserting_after(node):
+            stored = graph.call_function(torch.ops.aten.as_strided.default, (node, [1], [1]))
+        for user in large:
+            user.replace_input_with(node, stored)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    noted = node.meta.get("tensor_meta")
+    return None if noted is None or not hasattr(noted, "shape") else tuple(noted.shape)
+
+
 def _is_lift(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.lift_fresh_copy.default
 
@@ -259,11 +301,16 @@ def _written(graph: fx.Graph) -> Iterator[fx.Node]:
 def _storage_of(node: fx.Node) -> fx.Node:
     """The node whose memory a node's tensor is a view of, or which it is itself."""
     while node.op == "call_function" and hasattr(node.target, "_schema"):
-        aliased = [a.alias_info is not None for a in cast(Any, node.target)._schema.arguments]
-        if not any(aliased):
+        arguments = zip(cast(Any, node.target)._schema.arguments, node.args, strict=False)
+        aliased = [given for argument, given in arguments if argument.alias_info is not None]
+        if not aliased:
             break
-        node = cast(fx.Node, node.args[aliased.index(True)])
+        node = cast(fx.Node, aliased[0])
     return node
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 _HERE = Path(__file__).parent

@@ -129,7 +129,7 @@ def by_name(
 
 
 @contextmanager
-def own_parameters(*programs: object, state: dict[str, Any] | None = None) -> Iterator[None]:
+def own_parameters(*programs: object, averages: dict[str, Tensor] | None = None) -> Iterator[None]:
     """Run PyroModules on the parameters they hold, whatever Pyro's global store holds.
 
     Pyro's store matches parameters by name: a second model whose ``encoder.weight`` meets that
@@ -138,18 +138,22 @@ def own_parameters(*programs: object, state: dict[str, Any] | None = None) -> It
     nowhere else and run on the global store as they always do.
 
     Args:
-        state: a state of the store, in which is kept from call to call what an objective puts
-            there besides the modules' parameters: averages for baselines.
+        averages: keeps, from call to call, what no module holds: the decaying averages that
+            TraceGraph_ELBO puts into the store for its baselines.
     """
     if not all(isinstance(program, torch.nn.Module) for program in programs):
         yield
         return
-    state = {"params": {}, "constraints": {}} if state is None else state
-    with cast(Any, pyro.get_param_store()).scope(state):
+    averages = {} if averages is None else averages
+    with cast(Any, pyro.get_param_store()).scope({"params": averages, "constraints": {}}):
         yield
-    for kind in state.values():
-        for name in [name for name in kind if not name.startswith(_AVERAGE)]:
-            del kind[name]
+        averages.update(baseline_averages())
+
+
+def baseline_averages() -> dict[str, Tensor]:
+    """The decaying averages of baselines in Pyro's store, by name."""
+    held = cast(Any, pyro.get_param_store())._params
+    return {name: tensor for name, tensor in held.items() if name.startswith(_AVERAGE)}
 
 
 _AVERAGE = "__baseline_avg_downstream_cost_"

@@ -17,6 +17,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
@@ -50,17 +51,18 @@ def backward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run an objective forward and backward; returns the loss as a number.
+    """Run an objective forward and backward; returns the loss as a number."""
 
-    Pyro's ``loss_and_grads`` skip the backward pass of a program without parameter statements,
-    whose tensors may well need gradients; so ``differentiable_loss`` is taken where there is one.
-    """
-    differentiable_loss = getattr(objective, "differentiable_loss", None)
-    if differentiable_loss is None:
-        return objective.loss_and_grads(model, guide, *args, **kwargs)
-    loss = differentiable_loss(model, guide, *args, **kwargs)
-    loss.backward()
-    return loss.item()
+    def with_a_parameter(*args: Any, **kwargs: Any) -> Any:
+        # Pyro skips the backward pass of programs without parameter statements, whose tensors may
+        # well need gradients.
+        _state_a_parameter(name="_")
+        return guide(*args, **kwargs)
+
+    return objective.loss_and_grads(model, with_a_parameter, *args, **kwargs)
+
+
+_state_a_parameter: Any = effectful(lambda: torch.zeros(()), type="param")
 
 
 def plain_elbo(

@@ -25,6 +25,7 @@ from torch.optim import (
     RAdam,
     RMSprop,
 )
+from torch.overrides import TorchFunctionMode
 
 RECORDABLE: tuple[type[Optimizer], ...] = (
     Adadelta,
@@ -50,12 +51,12 @@ class OptimizerStep:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
-        self._groups = [group for o in self._optimizers for group in o.param_groups]
-        self._settings = [_fixed(group) for group in self._groups]
-        self._rates = [float(group["lr"]) for group in self._groups]
+        groups = self._groups()
+        self._settings = [_fixed(group) for group in groups]
+        self._rates = [float(group["lr"]) for group in groups]
         self._rate_tensors = [
             torch.tensor(rate, dtype=group["params"][0].dtype, device=group["params"][0].device)
-            for rate, group in zip(self._rates, self._groups, strict=True)
+            for rate, group in zip(self._rates, groups, strict=True)
         ]
         self._slots = [
             (o, parameter, dict(o.state[parameter]))
@@ -73,7 +74,8 @@ class OptimizerStep:
 
     def __call__(self) -> None:
         """Take the step, as it is recorded."""
-        with self._in_graph(), mock.patch("torch.compiler.is_compiling", return_value=True):
+        compiling = mock.patch("torch.compiler.is_compiling", return_value=True)
+        with self._in_graph(), compiling, _TensorFactors():
             for optimizer in self._optimizers:
                 step = type(optimizer).step
                 # Without the profiler's wrapping, which would be recorded too.
@@ -84,7 +86,7 @@ class OptimizerStep:
 
         Takes over the learning rates of the moment.
         """
-        for i, group in enumerate(self._groups):
+        for i, group in enumerate(self._groups()):
             if group["lr"] != self._rates[i]:
                 self._rates[i] = float(group["lr"])
                 self._rate_tensors[i].fill_(self._rates[i])
@@ -97,10 +99,15 @@ class OptimizerStep:
                 return "the optimizer's state"
         return None
 
+    def _groups(self) -> list[dict[str, Any]]:
+        # Not kept: loading a state makes new ones.
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
     @contextmanager
     def _in_graph(self) -> Iterator[None]:
         """Settings under which torch's rules keep to tensors, for the time of a step."""
-        before = [dict(group) for group in self._groups]
+        groups = self._groups()
+        before = [dict(group) for group in groups]
         wanted = {"capturable": True, "foreach": False, "fused": False}
         counts: list[tuple[Tensor, dict[str, Any]]] = []
         for optimizer, parameter, slots in self._slots:
@@ -109,16 +116,28 @@ class OptimizerStep:
                 counts.append((slots["step"], optimizer.state[parameter]))
                 counts[-1][1]["step"] = slots["step"].to(parameter.dtype)
         try:
-            for group, rate in zip(self._groups, self._rate_tensors, strict=True):
+            for group, rate in zip(groups, self._rate_tensors, strict=True):
                 group |= {name: value for name, value in wanted.items() if name in group}
                 group["lr"] = rate
             yield
         finally:
-            for group, settings in zip(self._groups, before, strict=True):
+            for group, settings in zip(groups, before, strict=True):
                 group.update(settings)
             for count, state in counts:
                 count.copy_(state["step"])
                 state["step"] = count
+
+
+class _TensorFactors(TorchFunctionMode):
+    """Lets a factor be a tensor where torch takes a Python number, and would read it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.add_ and isinstance(factor := kwargs.get("alpha"), Tensor):
+            return args[0].add_(args[1] * factor)
+        if func is Tensor.addcdiv_ and isinstance(factor := kwargs.get("value"), Tensor):
+            return args[0].add_(args[1] / args[2] * factor)
+        return func(*args, **kwargs)
 
 
 def recordable(

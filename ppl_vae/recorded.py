@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ppl_vae.assumptions import Assumptions, buffers
-from ppl_vae.graphs import Snapshot, Untraceable, record
+from ppl_vae.graphs import Graph, Snapshot, Untraceable, record, unrecorded
 from ppl_vae.optimizers import OptimizerStep, recordable
 from ppl_vae.signature import Signature
 from ppl_vae.traceable import traceable
+from ppl_vae.trial import trial
 
 if TYPE_CHECKING:
     from ppl_vae.svi import SVI
 
 
 class RecordedStep:
-    """A step of ``svi`` as a compiled graph, for arguments of one signature.
+    """A step of ``svi`` as a graph, for arguments of one signature.
 
     Making it takes two steps by way of trial, one that is recorded and one that is computed both
     ways and compared, and takes them back. An optimizer that cannot be recorded steps by its own
@@ -33,32 +34,42 @@ class RecordedStep:
         varying: whether floats among the arguments come in as tensors ``()``.
 
     Raises:
-        Untraceable: the step cannot be recorded or compiled, or a recorded step comes to another
-            result than an eager one.
+        Untraceable: the step cannot be recorded, or comes to another result than an eager one.
     """
 
     def __init__(self, svi: SVI, signature: Signature, *, varying: bool) -> None:
         self._svi, self._varying, self._floats = svi, varying, signature.floats
         self._like = _example(svi, signature)
         self._optimizer: OptimizerStep | None = None
-        before = Snapshot([*svi.changing(), self._like])
-        try:
+        with trial(svi):
             with traceable():
                 (loss, _), self._graph = record(
-                    lambda *tensors: self._step(signature, *tensors), *self._inputs(signature)
+                    lambda *tensors: self._step(signature, *tensors), *self.inputs(signature)
                 )
             self._losses = len(pytree.tree_leaves(loss))
             self._check(signature)
-        finally:
-            before.restore()
         self._assumed = Assumptions([svi.model, svi.guide, svi.loss])
-        # Gradients come out only where the optimizer stands outside.
-        graph = self._graph if self._optimizer is None else self._graph.first(self._losses)
-        self._program = graph.compile(*self._inputs(signature))
+        if isinstance(svi.model, torch.nn.Module) and isinstance(svi.guide, torch.nn.Module):
+            self._assumed.hold("a baseline's average", svi.averages)
+        else:
+            self._assumed.hold("Pyro's parameter", pyro.get_param_store()._params)
+
+    def compile(self, signature: Signature) -> None:
+        """Compile the graph, before the first call.
+
+        Raises:
+            Untraceable: the compiler refused it, or there is none.
+        """
+        self._program = self.graph.compile(*self.inputs(signature))
+
+    @property
+    def graph(self) -> Graph:
+        """The step's operations. Gradients come out only where the optimizer stands outside."""
+        return self._graph if self._optimizer is None else self._graph.first(self._losses)
 
     def __call__(self, signature: Signature) -> Any:
         """Take a step. Returns the loss."""
-        outputs = self._program(*self._inputs(signature))
+        outputs = self._program(*self.inputs(signature))
         if self._optimizer is not None:
             return outputs[0] if self._losses == 1 else outputs
         loss, gradients = outputs
@@ -85,7 +96,8 @@ class RecordedStep:
             loss = pytree.tree_map(lambda x: torch.as_tensor(x, device=self._like.device), loss)
             gradients = [parameter.grad for parameter in self._used]
             if (found := recordable(svi.optim, self._used)) is not None:
-                self._optimizer = OptimizerStep(found)
+                with unrecorded():  # or its learning rates would be constants of the graph
+                    self._optimizer = OptimizerStep(found)
                 svi.clip(self._used)
                 _step_if_finite(self._optimizer, loss)
         for parameter in self._used:
@@ -95,11 +107,13 @@ class RecordedStep:
     def _check(self, signature: Signature) -> None:
         """Compare the graph with an eager step, on other draws than those of the recording."""
         before = Snapshot([*self._graph.mutated, self._like])
-        loss, gradients = self._graph(*self._inputs(signature))
+        loss, gradients = self._graph(*self.inputs(signature))
         before.restore()
         args, kwargs = signature.arguments(*signature.tensors)
         with self._svi.parameters():
             eager_loss, used = self._svi.gradients(*args, **kwargs)
+            if self._optimizer is not None:
+                self._svi.clip(used)
             pairs = zip([eager_loss, *(p.grad for p in used)], [loss, *gradients], strict=False)
             same = list(map(id, used)) == list(map(id, self._used)) and all(
                 _agree(*pair) for pair in pairs
@@ -112,7 +126,8 @@ class RecordedStep:
                 "draws from Python's or numpy's random state, or counts its calls"
             )
 
-    def _inputs(self, signature: Signature) -> list[Tensor]:
+    def inputs(self, signature: Signature) -> list[Tensor]:
+        """What the graph takes."""
         if not self._varying:
             return signature.tensors
         dtype, device = self._like.dtype, self._like.device

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppl_vae.graphs import Untraceable
 from ppl_vae.recorded import A_NUMBER, RecordedStep
 from ppl_vae.signature import Signature
+from ppl_vae.trial import trial
 
 if TYPE_CHECKING:
     from ppl_vae.svi import SVI
@@ -66,7 +67,9 @@ class Steps:
         """A compiled step; None where there can be none."""
         started = time.perf_counter()
         try:
-            return RecordedStep(self._svi, signature, varying=varying)
+            step = RecordedStep(self._svi, signature, varying=varying)
+            step.compile(signature)
+            return step
         except Untraceable as error:
             self.refuse(error)
             return None
@@ -116,7 +119,7 @@ class _Way:
     def prepare(self, signature: Signature, steps: int, compile: bool | str) -> None:
         """Settle the way by steps on trial, if so many are to come."""
         if compile is not False:
-            with self._svi.trial():
+            with trial(self._svi):
                 self._eager(signature)  # makes the optimizer's moments
                 started = time.perf_counter()
                 while compile == "auto" and len(self._seconds) < 5:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,6 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from ppl_vae.assumptions import buffers
-from ppl_vae.graphs import Snapshot
 from ppl_vae.model import own_parameters
 from ppl_vae.objectives import Objective, backward
 from ppl_vae.steps import Steps
@@ -54,7 +52,10 @@ class SVI:
             step, so that data are gathered and binarized there.
 
     Attributes:
+        begun: whether a step has been taken.
+        averages: the decaying averages of a module's baselines, which no module holds.
         compile_seconds: what recording and compiling have cost so far.
+        refused: whether a step could not be compiled, so that all run eagerly.
 
     Raises:
         TypeError: an optimizer of neither kind, or ``max_grad_norm`` with a ``PyroOptim``.
@@ -88,12 +89,16 @@ class SVI:
         self.compile = compile
         self.feed = feed
         self.begun = False
-        self._averages: dict[str, Any] = {"params": {}, "constraints": {}}
+        self.averages: dict[str, Tensor] = {}
         self._steps = Steps(self)
 
     @property
     def compile_seconds(self) -> float:
         return self._steps.seconds
+
+    @property
+    def refused(self) -> bool:
+        return self._steps.refused
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step; arguments go to model and guide. Returns the loss.
@@ -151,7 +156,7 @@ class SVI:
 
     def parameters(self) -> AbstractContextManager[None]:
         """Where ``gradients`` and ``apply`` are called: the programs run on their parameters."""
-        return own_parameters(self.model, self.guide, state=self._averages)
+        return own_parameters(self.model, self.guide, averages=self.averages)
 
     def gradients(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """The loss, and the parameters that it has put a gradient on, in a fixed order."""
@@ -179,45 +184,6 @@ class SVI:
             self.optim(used) if isinstance(self.optim, PyroOptim) else self.optim.step()
         for parameter in used:
             parameter.grad = None
-
-    def changing(self) -> list[Tensor]:
-        """The tensors that a step writes to: parameters, moments, buffers, running figures."""
-        groups = [group for optimizer in self._optimizers() for group in optimizer.param_groups]
-        held: list[Any] = [parameter for group in groups for parameter in group["params"]]
-        held += [slot.tensor for slot in buffers(self.model, self.guide)]
-        held += [*self._made_by_steps(), *vars(self.loss).values()]
-        return [value for value in held if isinstance(value, Tensor)]
-
-    @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Steps inside are taken back, those of programs whose parameters exist already."""
-        known, begun = set(map(id, self._made_by_steps())), self.begun
-        before = Snapshot(self.changing())
-        try:
-            yield
-        finally:
-            before.restore()
-            for made in self._made_by_steps():
-                if id(made) not in known:  # moments and averages start at 0
-                    made.zero_()
-            self.begun = begun
-
-    def _made_by_steps(self) -> list[Tensor]:
-        slots = (
-            slot for o in self._optimizers() for held in o.state.values() for slot in held.values()
-        )
-        tensors = [slot for slot in slots if isinstance(slot, Tensor)]
-        return [*tensors, *(average.detach() for average in self.averages.values())]
-
-    def _optimizers(self) -> list[Any]:
-        if isinstance(self.optim, torch.optim.Optimizer):
-            return [self.optim]
-        return list(self.optim.optim_objs.values())
-
-    @property
-    def averages(self) -> dict[str, Tensor]:
-        """The decaying averages of Pyro's baselines, which no module holds, by name."""
-        return self._averages["params"]
 
 
 def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:
