@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+import math
 import sysconfig
 import traceback
 import warnings
@@ -50,34 +51,40 @@ class Graph:
     were recorded, in the present random state, without gradients.
 
     Attributes:
+        module: the operations; takes the captured tensors, then the inputs.
         captured: tensors that the function reached by itself, in a fixed order; read, and where
             the function wrote to them written, at each call.
     """
 
     def __init__(self, module: fx.GraphModule, captured: list[Tensor], structure: Any) -> None:
-        self._module, self.captured, self._structure = module, captured, structure
+        self.module, self.captured, self._structure = module, captured, structure
 
     def __call__(self, *inputs: Tensor) -> Any:
         with torch.no_grad():
-            return self._structure(self._module(*self.captured, *inputs))
+            return self._structure(self.module(*self.captured, *inputs))
 
     def __len__(self) -> int:
         """Number of operations."""
-        return sum(node.op == "call_function" for node in self._module.graph.nodes)
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+    def shapes(self) -> list[Any]:
+        """The operations and the shapes of what they take and give, in order."""
+        nodes = [(node.op, node.target, _shape(node)) for node in self.module.graph.nodes]
+        return [*nodes, *(tensor.shape for tensor in self.captured)]
 
     @property
     def mutated(self) -> list[Tensor]:
         """The captured tensors that a run writes to."""
-        held = dict(zip(_placeholders(self._module.graph), self.captured, strict=False))
-        written = (_storage_of(node) for node in _written(self._module.graph))
+        held = dict(zip(_placeholders(self.module.graph), self.captured, strict=False))
+        written = (_storage_of(node) for node in _written(self.module.graph))
         return [held[node] for node in dict.fromkeys(written) if node in held]
 
     def first(self, count: int) -> Graph:
         """The same graph with the first ``count`` outputs only, a tuple."""
-        graph = copy.deepcopy(self._module.graph)
+        graph = copy.deepcopy(self.module.graph)
         output = graph.output_node()
         output.args = (tuple(cast(Sequence[Any], output.args[0])[:count]),)
-        return Graph(fx.GraphModule(self._module, graph), self.captured, tuple)
+        return Graph(fx.GraphModule(self.module, graph), self.captured, tuple)
 
     def compile(self, *inputs: Tensor) -> Call:
         """The graph as one program of TorchInductor; on CUDA, a CUDA graph on top of it.
@@ -92,13 +99,13 @@ class Graph:
         """
         from torch import _inductor
 
-        graph = copy.deepcopy(self._module.graph)
+        graph = copy.deepcopy(self.module.graph)
         _keep_draws(graph)
         _compute_numbers_once(graph)
         # What recording noted of the tensors belongs to other runs.
         for node in graph.nodes:
             node.meta.clear()
-        module = fx.GraphModule(self._module, graph)
+        module = fx.GraphModule(self.module, graph)
         held = [*self.captured, *inputs]
         try:
             # The compiler warns of its own code and of this machine.
@@ -258,21 +265,28 @@ def _keep_draws(graph: fx.Graph) -> None:
 
 
 def _compute_numbers_once(graph: fx.Graph) -> None:
-    """Keep the compiler from computing a single number again for each entry of a large tensor.
+    """Keep the compiler from computing a few numbers again for each entry of a large tensor.
 
     It writes out, in the loop over a parameter, what the loop needs of numbers: a power and a root
     for a bias correction of Adam, for every 16 entries. A strided view makes it store them.
     """
     for node in list(graph.nodes):
-        if node.op != "call_function" or _shape(node) != ():
+        shape = _shape(node)
+        if node.op != "call_function" or shape is None or math.prod(shape) > FEW:
             continue
-        large = [user for user in node.users if len(_shape(user) or ()) > 0]
+        large = [user for user in node.users if math.prod(_shape(user) or ()) > FEW]
         if not large or not node.meta["tensor_meta"].dtype.is_floating_point:
             continue
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         with graph.inserting_after(node):
-            stored = graph.call_function(torch.ops.aten.as_strided.default, (node, [1], [1]))
+            same = (node, list(shape), strides)
+            stored = graph.call_function(torch.ops.aten.as_strided.default, same)
         for user in large:
             user.replace_input_with(node, stored)
+
+
+FEW = 64
+"""Numbers that are worth storing, where they are used by more entries than that."""
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

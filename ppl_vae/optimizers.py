@@ -6,7 +6,7 @@ which schedules change, are therefore given to it as tensors; the others must st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 from unittest import mock
@@ -51,12 +51,19 @@ class OptimizerStep:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
-        groups = self._groups()
-        self._settings = [_fixed(group) for group in groups]
-        self._rates = [float(group["lr"]) for group in groups]
+        # Loading a state makes new ones.
+        self._states = [(o, o.state, o.param_groups) for o in self._optimizers]
+        self._groups = [group for o in self._optimizers for group in o.param_groups]
+        self._settings = [
+            (group, name, value)
+            for group in self._groups
+            for name, value in group.items()
+            if name not in ("params", "lr", "initial_lr")
+        ]
+        self._rates = [float(group["lr"]) for group in self._groups]
         self._rate_tensors = [
             torch.tensor(rate, dtype=group["params"][0].dtype, device=group["params"][0].device)
-            for rate, group in zip(self._rates, groups, strict=True)
+            for rate, group in zip(self._rates, self._groups, strict=True)
         ]
         self._slots = [
             (o, parameter, dict(o.state[parameter]))
@@ -86,28 +93,22 @@ class OptimizerStep:
 
         Takes over the learning rates of the moment.
         """
-        for i, group in enumerate(self._groups()):
+        for optimizer, state, groups in self._states:
+            if optimizer.state is not state or optimizer.param_groups is not groups:
+                return "the optimizer's state"
+        for group, name, value in self._settings:
+            if group[name] is not value and group[name] != value:
+                return f"the optimizer's {name}"
+        for i, group in enumerate(self._groups):
             if group["lr"] != self._rates[i]:
                 self._rates[i] = float(group["lr"])
                 self._rate_tensors[i].fill_(self._rates[i])
-            if (now := _fixed(group)) != self._settings[i]:
-                names = [name for name in now if now[name] != self._settings[i].get(name)]
-                return f"the optimizer's {', '.join(names)}"
-        for optimizer, parameter, slots in self._slots:
-            now = optimizer.state[parameter]
-            if any(now.get(name) is not slot for name, slot in slots.items()):
-                return "the optimizer's state"
         return None
-
-    def _groups(self) -> list[dict[str, Any]]:
-        # Not kept: loading a state makes new ones.
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @contextmanager
     def _in_graph(self) -> Iterator[None]:
         """Settings under which torch's rules keep to tensors, for the time of a step."""
-        groups = self._groups()
-        before = [dict(group) for group in groups]
+        before = [dict(group) for group in self._groups]
         wanted = {"capturable": True, "foreach": False, "fused": False}
         counts: list[tuple[Tensor, dict[str, Any]]] = []
         for optimizer, parameter, slots in self._slots:
@@ -116,12 +117,12 @@ class OptimizerStep:
                 counts.append((slots["step"], optimizer.state[parameter]))
                 counts[-1][1]["step"] = slots["step"].to(parameter.dtype)
         try:
-            for group, rate in zip(groups, self._rate_tensors, strict=True):
+            for group, rate in zip(self._groups, self._rate_tensors, strict=True):
                 group |= {name: value for name, value in wanted.items() if name in group}
                 group["lr"] = rate
             yield
         finally:
-            for group, settings in zip(groups, before, strict=True):
+            for group, settings in zip(self._groups, before, strict=True):
                 group.update(settings)
             for count, state in counts:
                 count.copy_(state["step"])
@@ -155,8 +156,3 @@ def recordable(
     if not all(type(o) in RECORDABLE for o in found):
         return None
     return cast(list[Optimizer], found)
-
-
-def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a group that a recorded step cannot follow."""
-    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}

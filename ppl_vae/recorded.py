@@ -60,9 +60,8 @@ class RecordedStep:
         Raises:
             Untraceable: the compiler refused it, or there is none.
         """
-        self._program = self.graph.compile(*self.inputs(signature))
+        self._program = self.graph().compile(*self.inputs(signature))
 
-    @property
     def graph(self) -> Graph:
         """The step's operations. Gradients come out only where the optimizer stands outside."""
         return self._graph if self._optimizer is None else self._graph.first(self._losses)

@@ -19,7 +19,10 @@ class Signature:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._leaves, self._spec = pytree.tree_flatten((args, dict(kwargs)))
+        self._leaves: list[Any] = [*args, *kwargs.values()]
+        self._spec: Any = (len(args), *kwargs)
+        if any(isinstance(leaf, list | tuple | dict) for leaf in self._leaves):
+            self._leaves, self._spec = pytree.tree_flatten((args, dict(kwargs)))
         self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.floats = [leaf for leaf in self._leaves if isinstance(leaf, float)]
         self.key = (self._spec, *map(_kind, self._leaves))
@@ -38,7 +41,10 @@ class Signature:
             else leaf
             for leaf in self._leaves
         ]
-        return pytree.tree_unflatten(filled, self._spec)
+        if isinstance(self._spec, pytree.TreeSpec):
+            return pytree.tree_unflatten(filled, self._spec)
+        count, *names = self._spec
+        return tuple(filled[:count]), dict(zip(names, filled[count:], strict=True))
 
 
 def _kind(leaf: Any) -> Hashable:
