@@ -25,8 +25,8 @@ class RecordedStep:
     """A step of ``svi`` as a compiled graph, for arguments of one signature.
 
     Making it takes two steps by way of trial, one that is recorded and one that is computed both
-    ways and compared, and takes them back. An optimizer that cannot be recorded steps by its own
-    Python, on gradients that the graph gives.
+    ways and compared, and takes them back. An optimizer that cannot be recorded, or whose gradients
+    are reduced first, steps by its own Python, on gradients that the graph gives.
 
     Args:
         svi: has taken a step before, so that its parameters and the optimizer's moments exist.
@@ -65,8 +65,7 @@ class RecordedStep:
         for parameter, gradient in zip(self._used, gradients, strict=True):
             parameter.grad = gradient
         with self._svi.parameters():
-            self._svi.finish(loss, self._used)
-        return loss
+            return self._svi.finish(loss, self._used)
 
     def changed(self, signature: Signature) -> str | None:
         """What the recording took for granted and is no longer so; None if all is."""
@@ -84,7 +83,9 @@ class RecordedStep:
             loss, self._used = svi.gradients(*args, **kwargs)
             loss = pytree.tree_map(lambda x: torch.as_tensor(x, device=self._like.device), loss)
             gradients = [parameter.grad for parameter in self._used]
-            if (found := recordable(svi.optim, self._used)) is not None:
+            # A reduction stands between gradients and optimizer, and has to be outside.
+            found = recordable(svi.optim, self._used) if svi.reduce is None else None
+            if found is not None:
                 self._optimizer = OptimizerStep(found)
                 svi.clip(self._used)
                 _step_if_finite(self._optimizer, loss)

@@ -19,6 +19,7 @@ from ppl_vae.objectives import Objective, backward
 from ppl_vae.steps import Steps
 
 Feed = Callable[..., Mapping[str, Any]]
+Reduce = Callable[[Any, list[Tensor]], tuple[Any, list[Tensor]]]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -52,6 +53,10 @@ class SVI:
             expected to exceed what it costs.
         feed: makes the programs' keyword arguments from those of ``step``, inside the recorded
             step, so that data are gathered and binarized there.
+        reduce: stands between gradients and optimizer of each step, outside of a recorded one:
+            takes the loss and the parameters that have a gradient, may change gradients in place,
+            and returns the loss and the parameters to go on with. For several workers, it adds
+            theirs up.
 
     Attributes:
         compile_seconds: what recording and compiling have cost so far.
@@ -71,6 +76,7 @@ class SVI:
         max_grad_norm: float | None = None,
         compile: bool | Literal["auto"] = "auto",
         feed: Feed | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         if not isinstance(optim, torch.optim.Optimizer | PyroOptim):
             raise TypeError(
@@ -87,6 +93,7 @@ class SVI:
         self.max_grad_norm = max_grad_norm
         self.compile = compile
         self.feed = feed
+        self.reduce = reduce
         self.begun = False
         self._averages: dict[str, Any] = {"params": {}, "constraints": {}}
         self._steps = Steps(self)
@@ -144,8 +151,7 @@ class SVI:
     def eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step by the programs' own Python: ``update`` without the graph."""
         with self.parameters():
-            loss, used = self.gradients(*args, **kwargs)
-            self.finish(loss, used)
+            loss = self.finish(*self.gradients(*args, **kwargs))
         self.begun = True
         return loss
 
@@ -172,13 +178,19 @@ class SVI:
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(used, self.max_grad_norm)
 
-    def finish(self, loss: Any, used: list[Tensor]) -> None:
-        """Let the optimizer step on the gradients if the loss is finite, and drop them."""
+    def finish(self, loss: Any, used: list[Tensor]) -> Any:
+        """Let the optimizer step on the gradients if the loss is finite, and drop them.
+
+        Returns the loss, reduced where there is a ``reduce``.
+        """
+        if self.reduce is not None:
+            loss, used = self.reduce(loss, used)
         self.clip(used)
         if is_finite(as_numbers(loss)):
             self.optim(used) if isinstance(self.optim, PyroOptim) else self.optim.step()
         for parameter in used:
             parameter.grad = None
+        return loss
 
     def changing(self) -> list[Tensor]:
         """The tensors that a step writes to: parameters, moments, buffers, running figures."""
@@ -190,12 +202,15 @@ class SVI:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """Steps inside are taken back, those of programs whose parameters exist already."""
+        """Steps inside are taken back, those of programs whose parameters exist already; they are
+        not reduced."""
         known, begun = set(map(id, self._made_by_steps())), self.begun
         before = Snapshot(self.changing())
+        reduce, self.reduce = self.reduce, None
         try:
             yield
         finally:
+            self.reduce = reduce
             before.restore()
             for made in self._made_by_steps():
                 if id(made) not in known:  # moments and averages start at 0
