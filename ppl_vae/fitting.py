@@ -11,7 +11,6 @@ from typing import Any, Literal, NoReturn
 
 import pyro
 import torch
-from lightning_fabric import Fabric
 from pyro.infer import RenyiELBO, ReweightedWakeSleep
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnP
 from ppl_vae.data import Dataset, as_dataset
 from ppl_vae.evaluation import check_measurable
 from ppl_vae.feed import feed_for
+from ppl_vae.launch import launch
 from ppl_vae.loop import TrainingLoop, interruption
 from ppl_vae.model import GenerativeModel
 from ppl_vae.objectives import LinearWarmup, Objective, Schedule, Training, plain_elbo
@@ -26,6 +26,7 @@ from ppl_vae.progress import tensorboard_writer, training_progress
 from ppl_vae.run import Run
 from ppl_vae.sites import aside, check_data, check_pair, read_sites
 from ppl_vae.svi import SVI, parameters
+from ppl_vae.workers import Alone, Several, WorkerLost
 
 # Fused: Adam's update is a third of a small model's step otherwise.
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], torch.optim.Optimizer]] = {
@@ -69,6 +70,8 @@ def fit(
     patience: int | None = None,
     accumulate: int = 1,
     device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: str = "32-true",
     matmul_precision: str | None = None,
     compile: bool | Literal["auto"] = "auto",
@@ -101,6 +104,8 @@ def fit(
         accumulate: run each batch in so many parts, one after the other, and add up their
             gradients: less memory, the same mean.
         device: "auto", "cpu" or "cuda".
+        devices: on each machine; each has a process, a worker. See below.
+        num_nodes: machines.
         precision: "32-true", "64-true" or "bf16-mixed", as Lightning Fabric names them. Densities
             and their sums are in full precision in any case.
         matmul_precision: of float32 matrix products during the fit: "highest", or "high" (TF32 on
@@ -114,6 +119,19 @@ def fit(
         tensorboard: write the metrics to ``out`` for TensorBoard too.
         record: more fields for ``run.json``, such as the recipe.
 
+    Several workers share the rows of each batch, take each step together, and come to what one
+    would come to, but for noise, of which each has its own, and for statistics of a batch, as in
+    batch norm, which are those of a worker's share. ``batch_size`` counts the rows of all; the
+    order of rows does not depend on their number, and a run may be resumed with another number.
+    To the same bits it goes on with the same number. The first worker alone validates and
+    writes ``out``; on the others, ``Fitted.run`` is None.
+
+    With ``devices=2``, this process starts another one, a copy of its own command, so that a
+    script runs twice from its start. Under torchrun, which starts them all, leave the numbers
+    out; under SLURM, give those of the job (``--ntasks-per-node``, ``--nodes``), as Lightning
+    Fabric documents it. On machines without either, run the command on each with MASTER_ADDR,
+    MASTER_PORT and NODE_RANK set. Workers on CPU talk through gloo, on CUDA through NCCL.
+
     Raises:
         ValueError: an argument out of its range; the sentence names it and what was expected. An
             enumerated site. An objective that weighs draws by importance (Pyro's do so over the
@@ -122,14 +140,22 @@ def fit(
         NonFiniteLoss: the loss became NaN or infinite; names the site. The last good checkpoint
             is kept.
         FileExistsError: ``out`` holds another run.
-        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
+        KeyboardInterrupt: after Ctrl-C (of several workers, on any; also after SIGTERM), when a
+            checkpoint has been saved.
+        WorkerLost: another worker has ended; the last good checkpoint is kept.
     """
     settings = locals()
     _check_arguments(settings)
-    fabric = Fabric(accelerator=torch_device(device), devices=1, precision=_precision(precision))
+    fabric = launch(
+        accelerator=torch_device(device),
+        devices=devices,
+        num_nodes=num_nodes,
+        precision=_precision(precision),
+    )
     dtype = torch.float64 if precision == "64-true" else torch.float32
     model.to(fabric.device, dtype).train()
     guide.to(fabric.device, dtype).train()
+    workers = Several(fabric, model, guide) if fabric.world_size > 1 else Alone()
     dataset = as_dataset(data)
     train = dataset.split("train")
     validation = dataset.split("validation") if "validation" in dataset.splits else None
@@ -143,6 +169,7 @@ def fit(
                 check_data(model, map(model.observed, batches))
 
     with ExitStack() as stack:
+        stack.enter_context(workers)
         stack.enter_context(aside())
         stack.enter_context(pyro.validation_enabled(False))
         if matmul_precision is not None:
@@ -168,7 +195,7 @@ def fit(
             raise ValueError(f"{type(model).__name__} and its guide have nothing to learn")
         optim = OPTIMIZERS[optimizer](held, learning_rate, weight_decay)
         run = None
-        if out is not None:
+        if out is not None and workers.first:
             about = {
                 "model": type(model).__name__,
                 "guide": type(guide).__name__,
@@ -181,7 +208,8 @@ def fit(
             }
             run = _reopen(out, about) if resume else Run.create(out, about | dict(record or {}))
             stack.enter_context(run.lock())
-            run.update(status="running", fit=about["fit"])
+            run.update(status="running", fit=about["fit"], workers=workers.count)
+        workers.folder = workers.of_first(lambda: None if run is None else run.folder)
         feed = feed_for(model, train, fabric.device, dtype)
         loop = TrainingLoop(
             model=model,
@@ -197,6 +225,7 @@ def fit(
                 max_grad_norm=max_grad_norm,
                 compile=compile,
                 feed=feed,
+                reduce=workers.reduce,
             ),
             feed=feed,
             train=train,
@@ -211,6 +240,7 @@ def fit(
             patience=patience,
             checkpoint_seconds=checkpoint_seconds,
             run=run,
+            workers=workers,
         )
         loop.start(resume)
         # What was settled by timing must not be settled another way after an interruption.
@@ -220,9 +250,14 @@ def fit(
             run.update(compiled_batches=compiled)
         folder = run.folder / "tensorboard" if tensorboard and run is not None else None
         write = stack.enter_context(tensorboard_writer(folder, loop.epoch))
-        show = stack.enter_context(training_progress(epochs, loop.epoch, enabled=progress))
-        interrupted = stack.enter_context(interruption())
-        loop.fit(lambda row: (show(row), write(row)), interrupted)
+        shown = progress and workers.first
+        show = stack.enter_context(training_progress(epochs, loop.epoch, enabled=shown))
+        interrupted = stack.enter_context(interruption(launched=workers.count > 1))
+        try:
+            loop.fit(lambda row: (show(row), write(row)), interrupted)
+        except WorkerLost:
+            loop.status("failed")
+            raise
     return Fitted(model, guide, dataset, loop.history, run)
 
 
@@ -288,7 +323,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     def refuse(name: str, expected: str) -> NoReturn:
         raise ValueError(f"{name}={given[name]!r}: expected {expected}")
 
-    for name in ("epochs", "batch_size", "accumulate"):
+    for name in ("epochs", "batch_size", "accumulate", "devices", "num_nodes"):
         if not (isinstance(given[name], int) and given[name] >= 1):
             refuse(name, "a whole number of at least 1")
     if not isinstance(given["seed"], int):

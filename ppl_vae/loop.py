@@ -25,6 +25,7 @@ from ppl_vae.objectives import Schedule, Training
 from ppl_vae.run import Run
 from ppl_vae.sites import paired_traces, sample_nodes
 from ppl_vae.svi import SVI, NonFiniteLoss
+from ppl_vae.workers import Alone
 
 
 @dataclass
@@ -49,7 +50,8 @@ class TrainingLoop:
     annealed: bool
     patience: int | None
     checkpoint_seconds: float
-    run: Run | None
+    run: Run | None  # the first worker's
+    workers: Alone
 
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the current one
@@ -67,42 +69,50 @@ class TrainingLoop:
 
     def prepare(self, compiled: Collection[int] | None = None) -> list[int]:
         """Settle which steps are compiled, of whole batches and of a smaller last one, before any
-        is taken: the sizes of the compiled ones.
+        is taken: the sizes of the compiled ones. All workers do as the first one.
 
         Args:
             compiled: as an interrupted run has settled it, whose bits depend on it.
         """
+        settled = self.workers.of_first(lambda: self._prepare(compiled))
+        return settled if self.workers.first else self._prepare(settled)
+
+    def _prepare(self, compiled: Collection[int] | None) -> list[int]:
         order, settled = self._order(), []
         for numbers in order[:1] + order[-1:] if len(order[-1]) < len(order[0]) else order[:1]:
             size = len(numbers)
             steps = self.epochs * sum(len(part) == size for part in order)
-            [batch] = self.feed.batches([numbers])
+            share = self.workers.share(numbers)
+            [batch] = self.feed.batches([share])
             how = None if compiled is None else size in compiled
-            if self.svi.prepare(batch, steps=steps, compile=how):
+            if len(share) and self.svi.prepare(batch, steps=steps, compile=how):
                 settled.append(size)
         return settled
 
     def fit(self, show: Callable[[dict[str, float]], Any], interrupted: threading.Event) -> None:
+        self.workers.wishes = (interrupted.is_set, self._checkpoint_due)
         while self.epoch < self.epochs and not self._out_of_patience():
             started = time.monotonic()
-            for batch in self.feed.batches(self._order()[self.batch :]):
+            shares = [self.workers.share(numbers) for numbers in self._order()[self.batch :]]
+            for batch in self.feed.batches(shares):
                 self._step(batch)
-                if interrupted.is_set():
+                interrupt, checkpoint = self.workers.agreed()
+                if interrupt:
                     self.seconds += time.monotonic() - started
                     self.save()
-                    self._status("interrupted")
+                    self.status("interrupted")
                     raise KeyboardInterrupt(self.run.folder if self.run is not None else "")
-                if time.monotonic() - self.saved_at > self.checkpoint_seconds:
+                if checkpoint:
                     self.save()
             self.seconds += time.monotonic() - started
             show(self._end_epoch())
         self.save()
         if self.best is not None:
             load_weights(self.model, self.guide, self.best)
-        self._status("finished")
+        self.status("finished")
 
     def _order(self) -> list[Tensor]:
-        """The row numbers of each batch of the epoch.
+        """The row numbers of each batch of the epoch, of all workers together.
 
         A function of seed and epoch, so that a checkpoint within an epoch needs no list.
         """
@@ -113,7 +123,7 @@ class TrainingLoop:
     def _step(self, batch: Any) -> None:
         if self.annealed:
             self.training.weight = self._weight(self.batch)
-        self.losses.append(self.svi.update(batch))
+        self.losses.append(self.workers.step(self.svi, batch))
         self.batch += 1
         if self.device.type == "cpu":  # elsewhere, looking would mean to wait
             self._check_losses()
@@ -139,6 +149,7 @@ class TrainingLoop:
 
     def _end_epoch(self) -> dict[str, float]:
         self._check_losses()
+        self.workers.add_up(self.training.totals)
         terms = self.training.terms
         row = {
             "epoch": self.epoch + 1,
@@ -150,8 +161,10 @@ class TrainingLoop:
         self.epoch, self.batch = self.epoch + 1, 0
         self.training.forget()
         validation_elbo = None
-        if self.validation is not None:
-            terms = mean_elbo(self.model, self.guide, self.validation, seed=self.seed)
+        if (rows := self.validation) is not None:
+            terms = self.workers.of_first(
+                lambda: mean_elbo(self.model, self.guide, rows, seed=self.seed)
+            )
             validation_elbo = float(terms.elbo)
             row |= {
                 "validation_elbo": validation_elbo,
@@ -187,33 +200,41 @@ class TrainingLoop:
 
     def start(self, resume: bool) -> None:
         """Take up the last checkpoint, or save the first one."""
-        checkpoint = self.run.latest() if self.run is not None and resume else None
+        checkpoint = self.workers.of_first(
+            lambda: self.run.latest() if self.run is not None and resume else None
+        )
         if checkpoint is not None:
             self.restore(checkpoint)
         else:
+            self.workers.seed_noise(self.seed, step=0)
             self.save()
 
-    def save(self) -> None:
+    def _checkpoint_due(self) -> bool:
         if self.run is None:
+            return False
+        return time.monotonic() - self.saved_at > self.checkpoint_seconds
+
+    def save(self) -> None:
+        if self.workers.folder is None:
             return
         self._check_losses()
         for name, parameter in weights(self.model, self.guide).items():
             if parameter.is_floating_point() and not parameter.isfinite().all():
                 self._stop(f"parameter {name} is no longer finite")
+        owns = self.workers.gather(self._own())
+        if self.run is None:
+            return
         if self.best is not None:
             self.run.save_as("best", self.best, {"epoch": self.best_epoch, "elbo": self.best_elbo})
         tensors = dict(weights(self.model, self.guide))
         optimizer = self.optimizer.state_dict()
         for index, slots in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
-        tensors |= {f"average.{name}": value for name, value in self.svi.averages.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for rank, own in enumerate(owns):
+            tensors |= {f"worker.{rank}.{name}": value for name, value in own.items()}
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
-            "totals": self.training.totals.tolist(),
             "best_elbo": self.best_elbo,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -223,34 +244,66 @@ class TrainingLoop:
         self.run.save(tensors, state, step=self.epoch * self.batches + self.batch)
         self.saved_at = time.monotonic()
 
+    def _own(self) -> dict[str, Tensor]:
+        """What each worker has for itself."""
+        own = {"random.cpu": torch.get_rng_state(), "totals": self.training.totals.cpu()}
+        if self.device.type == "cuda":
+            own["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        averages = self.svi.averages.items()
+        return own | {f"average.{name}": value.detach().cpu() for name, value in averages}
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        assert self.run is not None
+        """Go on from a checkpoint, which any number of workers can have left."""
         state, tensors = checkpoint.state, checkpoint.tensors
         load_weights(self.model, self.guide, tensors)
         slots: dict[int, dict[str, Tensor]] = {}
+        owns: dict[int, dict[str, Tensor]] = {}  # by worker
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 slots.setdefault(int(index), {})[key] = tensor
-            elif name.startswith("average."):
-                average = tensor.to(self.device).requires_grad_()
-                self.svi.averages[name.removeprefix("average.")] = average
+            elif name.startswith("worker."):
+                _, rank, key = name.split(".", 2)
+                owns.setdefault(int(rank), {})[key] = tensor
         self.optimizer.load_state_dict({"state": slots, "param_groups": state["optimizer"]})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.training.totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         self.best_elbo, self.best_epoch = state["best_elbo"], state["best_epoch"]
         self.seconds = state["seconds"]
         if self.patience is not None:
             self._restore_best()
-        self.run.rewind(self.epoch)
-        self.history = self.run.metrics()
-        torch.set_rng_state(tensors["random.cpu"])
+        self.history = self.workers.of_first(self._rewound)
+        self._restore_own(owns)
+
+    def _restore_own(self, owns: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take up what workers had for themselves, by rank: there may be more now, or fewer."""
+        rank, count = self.workers.rank, self.workers.count
+        self.training.totals.zero_()
+        for left in range(rank, len(owns), count):
+            self.training.totals += owns[left]["totals"].to(self.device)
+        for name, value in owns.get(rank, owns[0]).items():
+            if name.startswith("average."):
+                average = value.to(self.device).requires_grad_()
+                self.svi.averages[name.removeprefix("average.")] = average
+        if rank not in owns:
+            self.workers.seed_noise(self.seed, step=self.epoch * self.batches + self.batch)
+            return
+        torch.set_rng_state(owns[rank]["random.cpu"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            torch.cuda.set_rng_state(owns[rank]["random.cuda"], self.device)
+
+    def _rewound(self) -> list[dict[str, float]]:
+        assert self.run is not None
+        self.run.rewind(self.epoch)
+        return self.run.metrics()
 
     def _restore_best(self) -> None:
+        best = self.workers.of_first(self._best_on_disk)
+        self.best, self.best_elbo, self.best_epoch = best
+
+    def _best_on_disk(self) -> tuple[dict[str, Tensor] | None, float, int]:
+        """The best weights, with their ELBO and epoch."""
         assert self.run is not None
         try:
             best = self.run.load("best")
@@ -260,11 +313,10 @@ class TrainingLoop:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self.best_elbo, self.best_epoch = -math.inf, 0
-        else:
-            self.best = None if best is None else best.tensors
+            return None, -math.inf, 0
+        return None if best is None else best.tensors, self.best_elbo, self.best_epoch
 
-    def _status(self, status: str) -> None:
+    def status(self, status: str) -> None:
         if self.run is not None:
             self.run.update(
                 status=status,
@@ -274,7 +326,7 @@ class TrainingLoop:
             )
 
     def _stop(self, why: str) -> NoReturn:
-        self._status("failed")
+        self.status("failed")
         kept = (
             "" if self.run is None else f" The last good checkpoint is kept in {self.run.folder}."
         )
@@ -337,20 +389,27 @@ def _plain_state(scheduler: LRScheduler | ReduceLROnPlateau) -> dict[str, Any]:
 
 
 @contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event, so that a step is never cut in the middle."""
+def interruption(*, launched: bool = False) -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event, so that a step is never cut in the middle.
+
+    Args:
+        launched: by a launcher of several processes. It stops them by SIGTERM too, and sends on a
+            Ctrl-C that the terminal has sent them already: no second signal cuts the step.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
     def set_event(*_: Any) -> None:
-        if event.is_set():  # a second one means it
+        if event.is_set() and not launched:  # a second one means it
             raise KeyboardInterrupt
         event.set()
 
-    before = signal.signal(signal.SIGINT, set_event)
+    signals = (signal.SIGINT, signal.SIGTERM) if launched else (signal.SIGINT,)
+    before = {number: signal.signal(number, set_event) for number in signals}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
