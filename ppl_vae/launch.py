@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import distributed
 
 TIMEOUT = timedelta(minutes=30)
@@ -41,14 +41,16 @@ def launch(*, accelerator: str, devices: int, num_nodes: int, precision: Any) ->
         raise ValueError(f"devices={devices}: torch finds {there} CUDA devices on this machine")
     if devices * num_nodes == 1:
         return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    strategy = DDPStrategy(timeout=TIMEOUT)
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         precision=precision,
-        strategy=DDPStrategy(timeout=TIMEOUT),
+        strategy=strategy,
     )
-    environment = fabric.strategy.cluster_environment
+    environment = strategy.cluster_environment
+    assert environment is not None
     started: list[subprocess.Popen[bytes]] = []
     if not environment.creates_processes_externally:
         # Not by Fabric's launcher: it kills this process within seconds of another's end, when

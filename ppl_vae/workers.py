@@ -37,14 +37,12 @@ class Alone:
 
     Attributes:
         rank, count: which worker this is, and of how many.
-        reduce: what ``SVI`` is to do between gradients and optimizer.
         wishes: conditions on which the loop acts as soon as a worker finds them true.
         folder: where the run is kept, if anywhere; known to every worker.
     """
 
     rank = 0
     count = 1
-    reduce: Reduce | None = None
 
     def __init__(self) -> None:
         self.wishes: Sequence[Callable[[], bool]] = ()
@@ -53,6 +51,11 @@ class Alone:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def reduce(self) -> Reduce | None:
+        """What ``SVI`` has to do between gradients and optimizer."""
+        return None
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +115,7 @@ class Several(Alone):
         super().__init__()
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self._programs = (model, guide)
-        self._trained = parameters(model, guide)
+        self._trained: list[Tensor] = [*parameters(model, guide)]
         self._rows = 0
         self._agreed: list[bool] = []
         held = [*model.parameters(), *guide.parameters()]
@@ -138,48 +141,54 @@ class Several(Alone):
         # Without rows there is nothing to run, but the others' gradients to step on.
         return svi.update(batch) if self._rows else svi.finish(0.0, [])
 
-    def reduce(self, loss: Any, used: list[Tensor]) -> tuple[float, list[Tensor]]:
+    @property
+    def reduce(self) -> Reduce:
+        return self._average
+
+    def _average(self, loss: Any, used: list[Tensor]) -> tuple[float, list[Tensor]]:
         """Average loss and gradients over all rows of the workers, in one message.
 
-        The message holds: the rows, each wish, which parameters have a gradient, the loss times
-        the rows, the gradients times the rows, and the first worker's buffers.
+        What else all have to know travels with them: wishes, which parameters have a gradient on
+        any worker, and the first worker's buffers.
 
         Args:
             loss: of this worker's rows, per datum.
             used: the parameters that it has put a gradient on.
         """
         own = set(map(id, used))
+        wished = [wish() for wish in self.wishes]
+        flags = [self._rows, *wished, *(id(p) in own for p in self._trained)]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
         moving = [s.tensor for s in buffers(*self._programs) if s.tensor.is_floating_point()]
-        head = [
-            self._rows,
-            *(wish() for wish in self.wishes),
-            *(id(p) in own for p in self._trained),
-        ]
-        like = self._trained[0].detach()
-        parts = [
-            like.new_tensor(head),
-            torch.as_tensor(loss).to(like) * self._rows,
-            *(
-                torch.zeros_like(p) if p.grad is None else self._rows * p.grad
-                for p in self._trained
-            ),
+        like = gradients[0]
+        counts, total, *summed = self._added_up(
+            like.new_tensor(flags),
+            self._rows * torch.as_tensor(loss).to(like),
+            *(self._rows * gradient for gradient in gradients),
             *(tensor if self.first else torch.zeros_like(tensor) for tensor in moving),
-        ]
-        message = torch.cat([part.detach().reshape(-1) for part in parts])
-        self.add_up(message)
-        added, total, *rest = message.split([part.numel() for part in parts])
-        rows, *counts = added.tolist()
-        wished, counts = counts[: len(self.wishes)], counts[len(self.wishes) :]
-        self._agreed = [count > 0 for count in wished]
-        used = [p for p, count in zip(self._trained, counts, strict=True) if count > 0]
-        by_parameter = dict(zip(self._trained, rest, strict=False))
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
-            parameter.grad.copy_(by_parameter[parameter].view_as(parameter) / rows)
-        for tensor, value in zip(moving, rest[len(self._trained) :], strict=True):
-            tensor.copy_(value.view_as(tensor))
+        )
+        rows, *flags = counts.tolist()
+        self._agreed = [count > 0 for count in flags[: len(wished)]]
+        used = []
+        gradients, values = summed[: len(gradients)], summed[len(gradients) :]
+        for parameter, count, gradient in zip(
+            self._trained, flags[len(wished) :], gradients, strict=True
+        ):
+            if count > 0:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(gradient / rows)
+                used.append(parameter)
+        for tensor, value in zip(moving, values, strict=True):
+            tensor.copy_(value)
         return total.item() / rows, used
+
+    def _added_up(self, *tensors: Tensor) -> list[Tensor]:
+        """Tensors of any shapes, summed over the workers."""
+        message = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        self.add_up(message)
+        parts = message.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def agreed(self) -> list[bool]:
         return self._agreed
