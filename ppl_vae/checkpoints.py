@@ -65,7 +65,7 @@ class Checkpoints:
         """
         if step < 0 or keep < 1:
             raise ValueError(f"need step >= 0 and keep >= 1, not step={step} and keep={keep}")
-        self._commit(f"step-{step:09d}", tensors, state, step)
+        self._commit(_numbered_name(step), tensors, state, step)
         sound = 0
         for earlier, name in self._numbered():
             if sound >= keep:
@@ -112,6 +112,18 @@ class Checkpoints:
         if damage:
             raise CorruptCheckpoint("no checkpoint is intact: " + "; ".join(damage))
         return None
+
+    def steps(self) -> list[int]:
+        """The steps of the numbered checkpoints, the highest first."""
+        return [step for step, _ in self._numbered()]
+
+    def at(self, step: int) -> Checkpoint | None:
+        """The checkpoint of a step; None if it was never written.
+
+        Raises:
+            CorruptCheckpoint: it is damaged.
+        """
+        return self._read(_numbered_name(step))
 
     def load(self, name: str) -> Checkpoint | None:
         """The checkpoint ``name``, such as "best"; None if it was never written.
@@ -226,6 +238,10 @@ class Checkpoints:
         if hashlib.sha256(data).hexdigest() != written["sha256"]:
             raise CorruptCheckpoint(f"{path} is damaged: its SHA-256 does not match")
         return safetensors.torch.load(data)
+
+
+def _numbered_name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def _checked(name: str) -> str:

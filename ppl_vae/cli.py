@@ -35,16 +35,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[command](**chosen[command])
     except KeyboardInterrupt as interrupt:
         hint = f"; go on with: ppl-vae fit --resume {interrupt}" if interrupt.args else ""
-        print(f"ppl-vae {command}: interrupted{hint}", file=sys.stderr)
+        if _speaks(interrupt):
+            print(f"ppl-vae {command}: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        # Pyro appends tables of shapes to an error's sentence.
-        print(
-            f"ppl-vae {command}: {str(error).partition(' Trace Shapes:')[0].strip()}",
-            file=sys.stderr,
-        )
+        if _speaks(error):
+            # Pyro appends tables of shapes to an error's sentence.
+            print(
+                f"ppl-vae {command}: {str(error).partition(' Trace Shapes:')[0].strip()}",
+                file=sys.stderr,
+            )
         return 1
     return 0
+
+
+def _speaks(error: BaseException) -> bool:
+    """Whether this process tells of an error; of one that all workers have, only the first does."""
+    from ppl_vae.launch import is_first
+    from ppl_vae.workers import AGREED
+
+    return not isinstance(error, AGREED) or is_first()
 
 
 class _Parser(ArgumentParser):
@@ -131,3 +141,7 @@ def _underscored(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+if __name__ == "__main__":  # for launchers, which take a module: torchrun -m ppl_vae.cli
+    sys.exit(main())

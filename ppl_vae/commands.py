@@ -7,6 +7,7 @@ Nothing here imports torch before a command needs it. They are not named like th
 from __future__ import annotations
 
 import json as json_
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -65,6 +66,8 @@ def fit_command(
     epochs: int | None = None,
     seed: int | None = None,
     device: Device | None = None,
+    devices: int | None = None,
+    num_nodes: int | None = None,
     precision: Literal["32-true", "64-true", "bf16-mixed"] | None = None,
     batch_size: int | None = None,
     optimizer: Literal["adam", "adamw", "adamax"] | None = None,
@@ -91,6 +94,8 @@ def fit_command(
         epochs: passes over the training rows.
         seed: of weights, noise and order of the rows. Default: 0.
         device: where to compute. Default: auto.
+        devices: on each machine, with a process each. Default: 1, or as torchrun says.
+        num_nodes: machines. Default: 1, or as torchrun says.
         precision: of the arithmetic.
         batch_size: rows a step.
         optimizer: its name.
@@ -110,6 +115,8 @@ def fit_command(
     options: dict[str, Any] = {
         "epochs": epochs,
         "device": device,
+        "devices": devices,
+        "num_nodes": num_nodes,
         "precision": precision,
         "batch_size": batch_size,
         "optimizer": optimizer,
@@ -133,11 +140,13 @@ def fit_command(
         if out is None:
             name = recipe.rpartition(":")[2]
             out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-            print(f"run: {out}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # of several workers, the first has it
+                print(f"run: {out}", file=sys.stderr)
         fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed or 0, **options)
     else:
         raise ValueError("give a RECIPE (ppl-vae list names them), or --resume DIR")
-    assert fitted.run is not None
+    if fitted.run is None:
+        return  # the first worker has it
     for name, reason in save_gallery(fitted, fitted.run.folder / "figures").items():
         print(f"no picture {name}: {reason}", file=sys.stderr)
     print(fitted.run.folder)

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pyro
 import torch
-from lightning_fabric import Fabric
 from pyro.infer import RenyiELBO, ReweightedWakeSleep
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
+from ppl_vae.begin import OPTIMIZERS, begin
 from ppl_vae.data import Dataset, as_dataset
-from ppl_vae.evaluation import check_measurable
 from ppl_vae.feed import feed_for
-from ppl_vae.loop import TrainingLoop, interruption
+from ppl_vae.launch import launch
+from ppl_vae.loop import interruption, train
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import LinearWarmup, Objective, Schedule, Training, plain_elbo
+from ppl_vae.objectives import Objective, Schedule
 from ppl_vae.progress import tensorboard_writer, training_progress
+from ppl_vae.replicas import Together, folders, pairs, start
 from ppl_vae.run import Run
-from ppl_vae.sites import aside, check_data, check_pair, read_sites
-from ppl_vae.svi import SVI, parameters
-
-# Fused: Adam's update is a third of a small model's step otherwise.
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], torch.optim.Optimizer]] = {
-    "adam": lambda p, lr, decay: torch.optim.Adam(p, lr, weight_decay=decay, fused=True),
-    "adamw": lambda p, lr, decay: torch.optim.AdamW(p, lr, weight_decay=decay, fused=True),
-    "adamax": lambda p, lr, decay: torch.optim.Adamax(p, lr, weight_decay=decay),
-}
+from ppl_vae.sites import aside, check_data
+from ppl_vae.workers import Alone, Several, WorkerLost
 
 
 @dataclass
 class Fitted:
     """A fitted pair with its data; ``run`` is its folder, where it has one.
 
-    ``history`` holds the rows of ``metrics.csv``: ELBO and its parts in nats per datum.
+    ``history`` holds the rows of ``metrics.csv``: ELBO and its parts in nats per datum. After a fit
+    of several seeds, this is the first, and ``replicas`` are all of them.
     """
 
     model: GenerativeModel
@@ -47,16 +43,18 @@ class Fitted:
     data: Dataset
     history: list[dict[str, float]] = field(default_factory=list)
     run: Run | None = None
+    replicas: list[Fitted] = field(default_factory=list, repr=False)
 
 
 def fit(
-    model: GenerativeModel,
-    guide: nn.Module,
+    model: GenerativeModel | Sequence[GenerativeModel],
+    guide: nn.Module | Sequence[nn.Module],
     data: Any,
     *,
     epochs: int = 100,
     batch_size: int = 100,
     seed: int = 0,
+    seeds: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     objective: Objective | None = None,
@@ -69,6 +67,8 @@ def fit(
     patience: int | None = None,
     accumulate: int = 1,
     device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: str = "32-true",
     matmul_precision: str | None = None,
     compile: bool | Literal["auto"] = "auto",
@@ -80,11 +80,18 @@ def fit(
     """Fit a pair by stochastic variational inference.
 
     Args:
+        model, guide: the pair; with ``seeds``, a pair of which each replica gets a copy, or as many
+            models and guides as there are seeds.
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes: a bare tensor or array
             ``(rows, ...)``, or a dict of them by site name. The model gets the columns that it
             can observe.
         epochs: passes over the training rows.
         seed: of the noise and of the order of the rows.
+        seeds: train so many replicas at once, with seeds from ``seed`` upwards: each a run of its
+            own, with its own weights, order of rows, noise, metrics, early stopping and
+            folder ``out/seed-N``. Compiled, they are one program over stacked weights; noise comes
+            from one random state, so that a replica has the distribution, not the bits, of a run
+            alone.
         out: folder of the run; None keeps nothing on disk. It must not hold another run.
         resume: go on with the run in ``out``, to the same bits as if it had never stopped (same
             machine, same arguments; more epochs may be asked for, but not with "cosine").
@@ -101,6 +108,8 @@ def fit(
         accumulate: run each batch in so many parts, one after the other, and add up their
             gradients: less memory, the same mean.
         device: "auto", "cpu" or "cuda".
+        devices: on each machine; each has a process, a worker. See below.
+        num_nodes: machines.
         precision: "32-true", "64-true" or "bf16-mixed", as Lightning Fabric names them. Densities
             and their sums are in full precision in any case.
         matmul_precision: of float32 matrix products during the fit: "highest", or "high" (TF32 on
@@ -114,6 +123,19 @@ def fit(
         tensorboard: write the metrics to ``out`` for TensorBoard too.
         record: more fields for ``run.json``, such as the recipe.
 
+    Several workers share the rows of each batch, take each step together, and come to what one
+    would come to, but for noise, of which each has its own, and for statistics of a batch, as in
+    batch norm, which are those of a worker's share. ``batch_size`` counts the rows of all; the
+    order of rows does not depend on their number, and a run may be resumed with another number.
+    To the same bits it goes on with the same number. The first worker alone validates and
+    writes ``out``; on the others, ``Fitted.run`` is None.
+
+    With ``devices=2``, this process starts another one, a copy of its own command, so that a
+    script runs twice from its start. Under torchrun, which starts them all, leave the numbers
+    out; under SLURM, give those of the job (``--ntasks-per-node``, ``--nodes``), as Lightning
+    Fabric documents it. On machines without either, run the command on each with MASTER_ADDR,
+    MASTER_PORT and NODE_RANK set. Workers on CPU talk through gloo, on CUDA through NCCL.
+
     Raises:
         ValueError: an argument out of its range; the sentence names it and what was expected. An
             enumerated site. An objective that weighs draws by importance (Pyro's do so over the
@@ -122,175 +144,100 @@ def fit(
         NonFiniteLoss: the loss became NaN or infinite; names the site. The last good checkpoint
             is kept.
         FileExistsError: ``out`` holds another run.
-        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
+        KeyboardInterrupt: after Ctrl-C (of several workers, on any; also after SIGTERM), when a
+            checkpoint has been saved.
+        WorkerLost: another worker has ended; the last good checkpoint is kept.
     """
     settings = locals()
     _check_arguments(settings)
-    fabric = Fabric(accelerator=torch_device(device), devices=1, precision=_precision(precision))
+    copies = pairs(model, guide, seeds)
+    fabric = launch(
+        accelerator=torch_device(device),
+        devices=devices,
+        num_nodes=num_nodes,
+        precision=_precision(precision),
+    )
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    model.to(fabric.device, dtype).train()
-    guide.to(fabric.device, dtype).train()
+    for program in itertools.chain(*copies):
+        program.to(fabric.device, dtype).train()
+    model, guide = copies[0]
+    workers = Several(fabric, model, guide) if fabric.world_size > 1 else Alone()
     dataset = as_dataset(data)
-    train = dataset.split("train")
+    rows = dataset.split("train")
     validation = dataset.split("validation") if "validation" in dataset.splits else None
     if validation is None and (patience is not None or schedule == "plateau"):
         raise ValueError(f"patience and plateau need a validation split; {dataset.name} has none")
     with aside():
         # Every value that training will see, once, so that no step needs to look.
-        for rows in (train, validation):
-            if rows is not None:
-                batches = rows.batches(1000, fabric.device, dtype)
+        for split in (rows, validation):
+            if split is not None:
+                batches = split.batches(1000, fabric.device, dtype)
                 check_data(model, map(model.observed, batches))
 
     with ExitStack() as stack:
+        stack.enter_context(workers)
         stack.enter_context(aside())
         stack.enter_context(pyro.validation_enabled(False))
         if matmul_precision is not None:
             stack.enter_context(_matmul_precision(matmul_precision))
         torch.manual_seed(seed)
-        example = model.observed(train.batch(slice(0, batch_size), fabric.device, dtype))
-        for program in (model, guide):
-            check_measurable(read_sites(program, **example).values())
-        check_pair(model, guide, **example, total=len(train))
-        schedule_of_weight = LinearWarmup(warmup) if isinstance(warmup, int | float) else warmup
-        annealed = schedule_of_weight.ends > 0
-        training = Training(
-            objective or plain_elbo(model, guide, **example),
-            len(train),
-            fabric.autocast,
-            annealed=annealed,
-            parts=accumulate,
-            device=fabric.device,
-            dtype=dtype,
-        )
-        held = parameters(model, guide)
-        if not held:
-            raise ValueError(f"{type(model).__name__} and its guide have nothing to learn")
-        optim = OPTIMIZERS[optimizer](held, learning_rate, weight_decay)
-        run = None
-        if out is not None:
-            about = {
-                "model": type(model).__name__,
-                "guide": type(guide).__name__,
-                "parameters": sum(p.numel() for p in held),
-                "data": dataset.fingerprint(),
-                "seed": seed,
-                "weights": "last" if patience is None else "best",
-                "fit": {name: described(settings[name]) for name in _SETTINGS}
-                | {"device": fabric.device.type},
-            }
-            run = _reopen(out, about) if resume else Run.create(out, about | dict(record or {}))
-            stack.enter_context(run.lock())
-            run.update(status="running", fit=about["fit"])
-        feed = feed_for(model, train, fabric.device, dtype)
-        loop = TrainingLoop(
-            model=model,
-            guide=guide,
-            training=training,
-            optimizer=optim,
-            scheduler=_scheduler(schedule, optim, epochs),
-            svi=SVI(
-                model,
-                guide,
-                optim,
-                training,
-                max_grad_norm=max_grad_norm,
-                compile=compile,
+        feed = feed_for(model, rows, fabric.device, dtype)
+        loops = [
+            begin(
+                *pair,
+                dataset,
+                settings,
+                seed=seed + number,
+                out=folder,
+                fabric=fabric,
+                workers=workers,
                 feed=feed,
-            ),
-            feed=feed,
-            train=train,
-            validation=validation,
-            device=fabric.device,
-            dtype=dtype,
-            epochs=epochs,
-            batch_size=min(batch_size, len(train)),
-            seed=seed,
-            warmup=schedule_of_weight,
-            annealed=annealed,
-            patience=patience,
-            checkpoint_seconds=checkpoint_seconds,
-            run=run,
-        )
-        loop.start(resume)
-        # What was settled by timing must not be settled another way after an interruption.
-        known = run.record.get("compiled_batches") if run is not None else None
-        compiled = loop.prepare(known if compile == "auto" else None)
-        if run is not None:
-            run.update(compiled_batches=compiled)
-        folder = run.folder / "tensorboard" if tensorboard and run is not None else None
-        write = stack.enter_context(tensorboard_writer(folder, loop.epoch))
-        show = stack.enter_context(training_progress(epochs, loop.epoch, enabled=progress))
-        interrupted = stack.enter_context(interruption())
-        loop.fit(lambda row: (show(row), write(row)), interrupted)
-    return Fitted(model, guide, dataset, loop.history, run)
-
-
-# What decides to which bits a run leads, besides its data and its seed.
-_SETTINGS = (
-    "epochs",
-    "batch_size",
-    "objective",
-    "optimizer",
-    "learning_rate",
-    "weight_decay",
-    "schedule",
-    "max_grad_norm",
-    "warmup",
-    "patience",
-    "accumulate",
-    "precision",
-    "matmul_precision",
-)
-
-
-def described(value: Any) -> Any:
-    """A setting as ``run.json`` holds it: as it is, or by what it is called."""
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    return repr(value) if is_dataclass(value) else getattr(value, "__qualname__", str(type(value)))
-
-
-def _reopen(folder: str | Path, about: Mapping[str, Any]) -> Run:
-    """The run in a folder, if going on as ``about`` says leads to the same bits.
-
-    Raises:
-        ValueError: other data, seed or settings; names the first that differs.
-    """
-    run = Run.open(folder)
-    was, now = run.record, about
-    if was["data"]["sha256"] != now["data"]["sha256"]:
-        raise ValueError(
-            f"{run.folder} was fitted to other data: {was['data']['name']} with sha256 "
-            f"{was['data']['sha256'][:12]}, now {now['data']['sha256'][:12]}"
-        )
-    pairs = {"seed": (was["seed"], now["seed"])} | {
-        name: (was["fit"].get(name), value) for name, value in now["fit"].items()
-    }
-    more = pairs.pop("epochs")
-    if was["fit"]["schedule"] == "cosine":
-        pairs["epochs"] = more  # the schedule's length
-    for name, (before, after) in pairs.items():
-        if before != after:
-            raise ValueError(
-                f"{run.folder} was begun with {name}={before}: going on with {name}={after} would "
-                "be another run; leave it as it was, or give another folder"
+                stack=stack,
             )
-    if more[1] < was.get("epochs_done", 0):
-        raise ValueError(
-            f"{run.folder} has {was['epochs_done']} epochs already: epochs={more[1]} would take "
-            "some of them back"
-        )
-    return run
+            for number, (pair, folder) in enumerate(
+                zip(copies, folders(None if out is None else Path(out), seed, seeds), strict=True)
+            )
+        ]
+        start(loops, resume) if seeds is not None else loops[0].start(resume)
+        steps = Together(loops) if seeds is not None else loops[0]
+        # What was settled by timing must not be settled another way after an interruption.
+        run = loops[0].run
+        known = run.record.get("compiled_batches") if run is not None else None
+        compiled = steps.prepare(known if compile == "auto" else None)
+        for loop in loops:
+            if loop.run is not None:
+                loop.run.update(compiled_batches=compiled)
+                folder = loop.run.folder / "tensorboard" if tensorboard else None
+                loop.write = stack.enter_context(tensorboard_writer(folder, loop.epoch))
+        shown = progress and workers.first
+        show = stack.enter_context(training_progress(epochs, loops[0].epoch, enabled=shown))
+        interrupted = stack.enter_context(interruption(launched=workers.count > 1))
+        try:
+            train(loops, steps.take, show, interrupted)
+        except WorkerLost:
+            loops[0].status("failed")
+            raise
+    replicas = [
+        Fitted(*pair, dataset, loop.history, loop.run)
+        for pair, loop in zip(copies, loops, strict=True)
+    ]
+    if seeds is not None:
+        replicas[0].replicas = replicas
+    return replicas[0]
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:
     def refuse(name: str, expected: str) -> NoReturn:
         raise ValueError(f"{name}={given[name]!r}: expected {expected}")
 
-    for name in ("epochs", "batch_size", "accumulate"):
+    for name in ("epochs", "batch_size", "accumulate", "devices", "num_nodes"):
         if not (isinstance(given[name], int) and given[name] >= 1):
             refuse(name, "a whole number of at least 1")
+    if given["seeds"] is not None:
+        if not (isinstance(given["seeds"], int) and given["seeds"] >= 1):
+            refuse("seeds", "a whole number of at least 1, or None")
+        if given["devices"] > 1 or given["num_nodes"] > 1:
+            refuse("seeds", "None with several devices: a replica has one device")
     if not isinstance(given["seed"], int):
         refuse("seed", "a whole number")
     if given["patience"] is not None and not given["patience"] >= 1:
@@ -358,16 +305,3 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _scheduler(
-    schedule: str | Callable[[torch.optim.Optimizer], LRScheduler] | None,
-    optimizer: torch.optim.Optimizer,
-    epochs: int,
-) -> LRScheduler | ReduceLROnPlateau | None:
-    if schedule == "cosine":
-        return CosineAnnealingLR(optimizer, epochs)
-    if schedule == "plateau":
-        # torch's threshold is relative, and of a negative ELBO a worse one would pass for better.
-        return ReduceLROnPlateau(optimizer, mode="max", threshold=0.0)
-    return schedule(optimizer) if callable(schedule) else None

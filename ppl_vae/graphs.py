@@ -130,7 +130,8 @@ class CudaGraph:
     """A program captured as one CUDA graph at its first call: one launch instead of hundreds.
 
     Inputs are copied into tensors of its own; the captured tensors stay where they are, and are
-    left by the warm-up as they were. Results are overwritten by the next call.
+    left by the warm-up as they were. Results of a few numbers, such as losses, are copies; larger
+    ones, such as gradients, are overwritten by the next call.
 
     Args:
         program: takes the captured tensors, then the inputs.
@@ -150,7 +151,7 @@ class CudaGraph:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
-        return self._outputs
+        return [out.clone() if out.numel() <= FEW else out for out in self._outputs]
 
     def _capture(self, inputs: Sequence[Tensor]) -> None:
         device = next(tensor.device for tensor in [*self._captured, *inputs] if tensor.is_cuda)
@@ -277,16 +278,19 @@ def _compute_numbers_once(graph: fx.Graph) -> None:
         large = [user for user in node.users if math.prod(_shape(user) or ()) > FEW]
         if not large or not node.meta["tensor_meta"].dtype.is_floating_point:
             continue
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        aten = torch.ops.aten
         with graph.inserting_after(node):
-            same = (node, list(shape), strides)
-            stored = graph.call_function(torch.ops.aten.as_strided.default, same)
+            flat = graph.call_function(aten.reshape.default, (node, [-1]))
+        with graph.inserting_after(flat):
+            line = graph.call_function(aten.as_strided.default, (flat, [math.prod(shape)], [1]))
+        with graph.inserting_after(line):
+            stored = graph.call_function(aten.reshape.default, (line, list(shape)))
         for user in large:
             user.replace_input_with(node, stored)
 
 
 FEW = 64
-"""Numbers that are worth storing, where they are used by more entries than that."""
+"""As many numbers as are rather stored than computed again, and copied than overwritten."""
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import signal
+import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from ppl_vae.objectives import Schedule, Training
 from ppl_vae.run import Run
 from ppl_vae.sites import paired_traces, sample_nodes
 from ppl_vae.svi import SVI, NonFiniteLoss
+from ppl_vae.workers import Alone
 
 
 @dataclass
@@ -49,7 +51,8 @@ class TrainingLoop:
     annealed: bool
     patience: int | None
     checkpoint_seconds: float
-    run: Run | None
+    run: Run | None  # the first worker's
+    workers: Alone
 
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the current one
@@ -60,49 +63,46 @@ class TrainingLoop:
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    write: Callable[[dict[str, float]], Any] = lambda row: None  # an epoch's figures, elsewhere too
 
     @property
     def batches(self) -> int:
         return math.ceil(len(self.train) / self.batch_size)
 
+    @property
+    def running(self) -> bool:
+        return self.epoch < self.epochs and not self._out_of_patience()
+
     def prepare(self, compiled: Collection[int] | None = None) -> list[int]:
-        """Settle which steps are compiled, of whole batches and of a smaller last one, before any
-        is taken: the sizes of the compiled ones.
+        """Settle which steps are compiled, by the size of their batches, before any is taken: the
+        sizes of the compiled ones. All workers do as the first one.
 
         Args:
             compiled: as an interrupted run has settled it, whose bits depend on it.
         """
-        order, settled = self._order(), []
-        for numbers in order[:1] + order[-1:] if len(order[-1]) < len(order[0]) else order[:1]:
-            size = len(numbers)
-            steps = self.epochs * sum(len(part) == size for part in order)
-            [batch] = self.feed.batches([numbers])
-            how = None if compiled is None else size in compiled
-            if self.svi.prepare(batch, steps=steps, compile=how):
-                settled.append(size)
+        settled = self.workers.of_first(lambda: self._prepare(compiled))
+        return settled if self.workers.first else self._prepare(settled)
+
+    def _prepare(self, compiled: Collection[int] | None) -> list[int]:
+        settled = []
+        for numbers, steps in self.kinds():
+            share = self.workers.share(numbers)
+            [batch] = self.feed.batches([share])
+            how = None if compiled is None else len(numbers) in compiled
+            if len(share) and self.svi.prepare(batch, steps=steps, compile=how):
+                settled.append(len(numbers))
         return settled
 
-    def fit(self, show: Callable[[dict[str, float]], Any], interrupted: threading.Event) -> None:
-        while self.epoch < self.epochs and not self._out_of_patience():
-            started = time.monotonic()
-            for batch in self.feed.batches(self._order()[self.batch :]):
-                self._step(batch)
-                if interrupted.is_set():
-                    self.seconds += time.monotonic() - started
-                    self.save()
-                    self._status("interrupted")
-                    raise KeyboardInterrupt(self.run.folder if self.run is not None else "")
-                if time.monotonic() - self.saved_at > self.checkpoint_seconds:
-                    self.save()
-            self.seconds += time.monotonic() - started
-            show(self._end_epoch())
-        self.save()
-        if self.best is not None:
-            load_weights(self.model, self.guide, self.best)
-        self._status("finished")
+    def kinds(self) -> list[tuple[Tensor, int]]:
+        """The row numbers of a whole batch, and of a last one that is smaller; and how many steps
+        of its size there are in all."""
+        order = self.order()
+        examples = order[:1] + order[-1:] if len(order[-1]) < len(order[0]) else order[:1]
+        sizes = [len(numbers) for numbers in order]
+        return [(numbers, self.epochs * sizes.count(len(numbers))) for numbers in examples]
 
-    def _order(self) -> list[Tensor]:
-        """The row numbers of each batch of the epoch.
+    def order(self) -> list[Tensor]:
+        """The row numbers of each batch of the epoch, of all workers together.
 
         A function of seed and epoch, so that a checkpoint within an epoch needs no list.
         """
@@ -110,13 +110,38 @@ class TrainingLoop:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         return list(order.split(self.batch_size))
 
-    def _step(self, batch: Any) -> None:
+    def batches_left(self) -> Iterator[Any]:
+        """This worker's shares of the epoch's remaining batches, as the step takes them."""
+        return self.feed.batches([self.workers.share(part) for part in self.order()[self.batch :]])
+
+    def take(self, batches: Sequence[Any]) -> list[Any]:
+        """A step on the one batch given. Returns its loss."""
+        return [self.workers.step(self.svi, batch) for batch in batches]
+
+    def anneal(self) -> None:
+        """Set the weight of the KL for the step to come."""
         if self.annealed:
             self.training.weight = self._weight(self.batch)
-        self.losses.append(self.svi.update(batch))
+
+    def taken(self, loss: Any) -> None:
+        """Note a step and its loss."""
+        self.losses.append(loss)
         self.batch += 1
         if self.device.type == "cpu":  # elsewhere, looking would mean to wait
             self._check_losses()
+
+    def finish(self) -> None:
+        """Keep what was learned: the best weights, where they were looked for."""
+        self.save()
+        if self.best is not None:
+            load_weights(self.model, self.guide, self.best)
+        self.status("finished")
+
+    def pass_epoch(self) -> None:
+        """End an epoch of a training that has stopped, but is run on with others."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.training.forget()
+        self.losses = []
 
     def _check_losses(self) -> None:
         """Stop at a loss that is not finite. Its step, and those after it, changed nothing."""
@@ -128,7 +153,7 @@ class TrainingLoop:
         if len(bad) == 0:
             return
         number = self.batch - len(losses) + int(bad[0])
-        rows = self._order()[number]
+        rows = self.order()[number]
         batch = self.model.observed(self.train.batch(rows, self.device, self.dtype))
         self.batch = number + 1
         culprit = _culprit(self.model, self.guide, batch)
@@ -137,8 +162,9 @@ class TrainingLoop:
     def _weight(self, batch: int) -> float:
         return self.warmup(self.epoch + batch / self.batches)
 
-    def _end_epoch(self) -> dict[str, float]:
+    def end_epoch(self) -> dict[str, float]:
         self._check_losses()
+        self.workers.add_up(self.training.totals)
         terms = self.training.terms
         row = {
             "epoch": self.epoch + 1,
@@ -150,8 +176,10 @@ class TrainingLoop:
         self.epoch, self.batch = self.epoch + 1, 0
         self.training.forget()
         validation_elbo = None
-        if self.validation is not None:
-            terms = mean_elbo(self.model, self.guide, self.validation, seed=self.seed)
+        if (rows := self.validation) is not None:
+            terms = self.workers.of_first(
+                lambda: mean_elbo(self.model, self.guide, rows, seed=self.seed)
+            )
             validation_elbo = float(terms.elbo)
             row |= {
                 "validation_elbo": validation_elbo,
@@ -176,6 +204,7 @@ class TrainingLoop:
         self.history.append(row)
         if self.run is not None:
             self.run.log(row)
+        self.write(row)
         return row
 
     def _out_of_patience(self) -> bool:
@@ -185,35 +214,43 @@ class TrainingLoop:
 
     # -- on disk -------------------------------------------------------------------------------
 
-    def start(self, resume: bool) -> None:
-        """Take up the last checkpoint, or save the first one."""
-        checkpoint = self.run.latest() if self.run is not None and resume else None
+    def start(self, resume: bool, step: int | None = None) -> None:
+        """Take up the last checkpoint, or that of a step, or save the first one."""
+        checkpoint = self.workers.of_first(
+            lambda: self.run.latest(step) if self.run is not None and resume else None
+        )
         if checkpoint is not None:
             self.restore(checkpoint)
         else:
+            self.workers.seed_noise(self.seed, step=0)
             self.save()
 
-    def save(self) -> None:
+    def checkpoint_due(self) -> bool:
         if self.run is None:
+            return False
+        return time.monotonic() - self.saved_at > self.checkpoint_seconds
+
+    def save(self) -> None:
+        if self.workers.folder is None:
             return
         self._check_losses()
         for name, parameter in weights(self.model, self.guide).items():
             if parameter.is_floating_point() and not parameter.isfinite().all():
                 self._stop(f"parameter {name} is no longer finite")
+        owns = self.workers.gather(self._own())
+        if self.run is None:
+            return
         if self.best is not None:
             self.run.save_as("best", self.best, {"epoch": self.best_epoch, "elbo": self.best_elbo})
         tensors = dict(weights(self.model, self.guide))
         optimizer = self.optimizer.state_dict()
         for index, slots in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
-        tensors |= {f"average.{name}": value for name, value in self.svi.averages.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for rank, own in enumerate(owns):
+            tensors |= {f"worker.{rank}.{name}": value for name, value in own.items()}
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
-            "totals": self.training.totals.tolist(),
             "best_elbo": self.best_elbo,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -223,34 +260,66 @@ class TrainingLoop:
         self.run.save(tensors, state, step=self.epoch * self.batches + self.batch)
         self.saved_at = time.monotonic()
 
+    def _own(self) -> dict[str, Tensor]:
+        """What each worker has for itself."""
+        own = {"random.cpu": torch.get_rng_state(), "totals": self.training.totals.cpu()}
+        if self.device.type == "cuda":
+            own["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        averages = self.svi.averages.items()
+        return own | {f"average.{name}": value.detach().cpu() for name, value in averages}
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        assert self.run is not None
+        """Go on from a checkpoint, which any number of workers can have left."""
         state, tensors = checkpoint.state, checkpoint.tensors
         load_weights(self.model, self.guide, tensors)
         slots: dict[int, dict[str, Tensor]] = {}
+        owns: dict[int, dict[str, Tensor]] = {}  # by worker
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 slots.setdefault(int(index), {})[key] = tensor
-            elif name.startswith("average."):
-                average = tensor.to(self.device).requires_grad_()
-                self.svi.averages[name.removeprefix("average.")] = average
+            elif name.startswith("worker."):
+                _, rank, key = name.split(".", 2)
+                owns.setdefault(int(rank), {})[key] = tensor
         self.optimizer.load_state_dict({"state": slots, "param_groups": state["optimizer"]})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.training.totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         self.best_elbo, self.best_epoch = state["best_elbo"], state["best_epoch"]
         self.seconds = state["seconds"]
         if self.patience is not None:
             self._restore_best()
-        self.run.rewind(self.epoch)
-        self.history = self.run.metrics()
-        torch.set_rng_state(tensors["random.cpu"])
+        self.history = self.workers.of_first(self._rewound)
+        self._restore_own(owns)
+
+    def _restore_own(self, owns: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take up what workers had for themselves, by rank: there may be more now, or fewer."""
+        rank, count = self.workers.rank, self.workers.count
+        self.training.totals.zero_()
+        for left in range(rank, len(owns), count):
+            self.training.totals += owns[left]["totals"].to(self.device)
+        for name, value in owns.get(rank, owns[0]).items():
+            if name.startswith("average."):
+                average = value.to(self.device).requires_grad_()
+                self.svi.averages[name.removeprefix("average.")] = average
+        if rank not in owns:
+            self.workers.seed_noise(self.seed, step=self.epoch * self.batches + self.batch)
+            return
+        torch.set_rng_state(owns[rank]["random.cpu"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            torch.cuda.set_rng_state(owns[rank]["random.cuda"], self.device)
+
+    def _rewound(self) -> list[dict[str, float]]:
+        assert self.run is not None
+        self.run.rewind(self.epoch)
+        return self.run.metrics()
 
     def _restore_best(self) -> None:
+        best = self.workers.of_first(self._best_on_disk)
+        self.best, self.best_elbo, self.best_epoch = best
+
+    def _best_on_disk(self) -> tuple[dict[str, Tensor] | None, float, int]:
+        """The best weights, with their ELBO and epoch."""
         assert self.run is not None
         try:
             best = self.run.load("best")
@@ -260,11 +329,10 @@ class TrainingLoop:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self.best_elbo, self.best_epoch = -math.inf, 0
-        else:
-            self.best = None if best is None else best.tensors
+            return None, -math.inf, 0
+        return None if best is None else best.tensors, self.best_elbo, self.best_epoch
 
-    def _status(self, status: str) -> None:
+    def status(self, status: str) -> None:
         if self.run is not None:
             self.run.update(
                 status=status,
@@ -274,7 +342,7 @@ class TrainingLoop:
             )
 
     def _stop(self, why: str) -> NoReturn:
-        self._status("failed")
+        self.status("failed")
         kept = (
             "" if self.run is None else f" The last good checkpoint is kept in {self.run.folder}."
         )
@@ -282,6 +350,53 @@ class TrainingLoop:
             f"epoch {self.epoch + 1}, batch {self.batch + 1}: {why}.{kept} Try a lower learning "
             "rate, max_grad_norm, a longer warm-up, or look for extreme values in the data."
         ) from None
+
+
+def train(
+    loops: Sequence[TrainingLoop],
+    take: Callable[[Sequence[Any]], list[Any]],
+    show: Callable[[dict[str, float]], Any],
+    interrupted: threading.Event,
+) -> None:
+    """Run trainings to their end, step by step together: one, or replicas with as many epochs.
+
+    Args:
+        take: takes a step of each on a batch of its own; returns their losses.
+        show: is given each epoch's figures, of replicas their mean.
+        interrupted: is looked at after each step.
+
+    Raises:
+        KeyboardInterrupt: it was set; a checkpoint has been saved.
+    """
+    first = loops[0]
+    first.workers.wishes = (interrupted.is_set, first.checkpoint_due)
+    while any(loop.running for loop in loops):
+        started = time.monotonic()
+        for batches in zip(*(loop.batches_left() for loop in loops), strict=True):
+            for loop in loops:
+                loop.anneal()
+            for loop, loss in zip(loops, take(batches), strict=True):
+                loop.taken(loss)
+            interrupt, checkpoint = first.workers.agreed()
+            if interrupt:
+                for loop in loops:
+                    loop.seconds += time.monotonic() - started
+                    loop.save()
+                    loop.status("interrupted")
+                raise KeyboardInterrupt(first.run.folder if first.run is not None else "")
+            if checkpoint:
+                for loop in loops:
+                    loop.save()
+        rows = []
+        for loop in loops:
+            if loop.running:
+                loop.seconds += time.monotonic() - started
+                rows.append(loop.end_epoch())
+            else:
+                loop.pass_epoch()
+        show({name: statistics.fmean(row[name] for row in rows) for name in rows[0]})
+    for loop in loops:
+        loop.finish()
 
 
 def weights(model: nn.Module, guide: nn.Module) -> dict[str, Tensor]:
@@ -337,20 +452,27 @@ def _plain_state(scheduler: LRScheduler | ReduceLROnPlateau) -> dict[str, Any]:
 
 
 @contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event, so that a step is never cut in the middle."""
+def interruption(*, launched: bool = False) -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event, so that a step is never cut in the middle.
+
+    Args:
+        launched: by a launcher of several processes. It stops them by SIGTERM too, and sends on a
+            Ctrl-C that the terminal has sent them already: no second signal cuts the step.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
     def set_event(*_: Any) -> None:
-        if event.is_set():  # a second one means it
+        if event.is_set() and not launched:  # a second one means it
             raise KeyboardInterrupt
         event.set()
 
-    before = signal.signal(signal.SIGINT, set_event)
+    signals = (signal.SIGINT, signal.SIGTERM) if launched else (signal.SIGINT,)
+    before = {number: signal.signal(number, set_event) for number in signals}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -66,7 +66,7 @@ class OptimizerStep:
             for rate, group in zip(self._rates, self._groups, strict=True)
         ]
         self._slots = [
-            (o, parameter, dict(o.state[parameter]))
+            (o, parameter, dict(sorted(o.state[parameter].items())))
             for o in self._optimizers
             for group in o.param_groups
             for parameter in group["params"]

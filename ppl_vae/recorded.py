@@ -26,8 +26,8 @@ class RecordedStep:
     """A step of ``svi`` as a graph, for arguments of one signature.
 
     Making it takes two steps by way of trial, one that is recorded and one that is computed both
-    ways and compared, and takes them back. An optimizer that cannot be recorded steps by its own
-    Python, on gradients that the graph gives.
+    ways and compared, and takes them back. An optimizer that cannot be recorded, or whose gradients
+    are reduced first, steps by its own Python, on gradients that the graph gives.
 
     Args:
         svi: has taken a step before, so that its parameters and the optimizer's moments exist.
@@ -41,6 +41,7 @@ class RecordedStep:
         self._svi, self._varying, self._floats = svi, varying, signature.floats
         self._like = _example(svi, signature)
         self._optimizer: OptimizerStep | None = None
+        self._reduced = svi.reduce is not None
         with trial(svi):
             with traceable():
                 (loss, _), self._graph = record(
@@ -75,8 +76,7 @@ class RecordedStep:
         for parameter, gradient in zip(self._used, gradients, strict=True):
             parameter.grad = gradient
         with self._svi.parameters():
-            self._svi.finish(loss, self._used)
-        return loss
+            return self._svi.finish(loss, self._used)
 
     def changed(self, signature: Signature) -> str | None:
         """What the recording took for granted and is no longer so; None if all is."""
@@ -94,7 +94,9 @@ class RecordedStep:
             loss, self._used = svi.gradients(*args, **kwargs)
             loss = pytree.tree_map(lambda x: torch.as_tensor(x, device=self._like.device), loss)
             gradients = [parameter.grad for parameter in self._used]
-            if (found := recordable(svi.optim, self._used)) is not None:
+            # A reduction stands between gradients and optimizer, and has to be outside.
+            found = None if self._reduced else recordable(svi.optim, self._used)
+            if found is not None:
                 with unrecorded():  # or its learning rates would be constants of the graph
                     self._optimizer = OptimizerStep(found)
                 svi.clip(self._used)

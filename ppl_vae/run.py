@@ -126,9 +126,14 @@ class Run:
         """Write or replace the checkpoint ``name``, such as "best": see `Checkpoints.save_as`."""
         self._checkpoints.save_as(name, tensors, state)
 
-    def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint, None if there never was one: see `Checkpoints.latest`."""
-        return self._checkpoints.latest()
+    def latest(self, step: int | None = None) -> Checkpoint | None:
+        """The newest intact checkpoint, or that of a step; None if there never was one: see
+        `Checkpoints.latest`."""
+        return self._checkpoints.latest() if step is None else self._checkpoints.at(step)
+
+    def steps(self) -> list[int]:
+        """The steps of which there are checkpoints, the highest first."""
+        return self._checkpoints.steps()
 
     def load(self, name: str) -> Checkpoint | None:
         """The checkpoint ``name``, None if it was never written: see `Checkpoints.load`."""

@@ -63,6 +63,13 @@ class Steps:
         way.prepare(signature, steps, compile)
         return way.step is not None
 
+    def pays(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], steps: int, compile: bool | str
+    ) -> bool:
+        """Whether so many steps with such arguments are to be compiled."""
+        signature = Signature(args, kwargs)
+        return self._way(signature).pays(signature, steps, compile)
+
     def compiled(self, signature: Signature, *, varying: bool) -> RecordedStep | None:
         """A compiled step; None where there can be none."""
         started = time.perf_counter()
@@ -117,27 +124,32 @@ class _Way:
         return self._eager(signature)
 
     def prepare(self, signature: Signature, steps: int, compile: bool | str) -> None:
-        """Settle the way by steps on trial, if so many are to come."""
-        if compile is not False:
-            with trial(self._svi):
-                self._eager(signature)  # makes the optimizer's moments
-                started = time.perf_counter()
-                while compile == "auto" and len(self._seconds) < 5:
-                    self._eager(signature)
-                    if time.perf_counter() - started > TRIAL:
-                        break
-        self._eagerly = not (compile is True or (compile == "auto" and self._pays(steps)))
+        """Settle the way, if so many steps are to come."""
+        self._eagerly = not self.pays(signature, steps, compile)
         if not self._eagerly:
             self.step = self._steps.compiled(signature, varying=False)
+
+    def pays(self, signature: Signature, steps: int, compile: bool | str) -> bool:
+        """Whether so many steps are to be compiled; by steps on trial, which make moments."""
+        if compile is False:
+            return False
+        with trial(self._svi):
+            self._eager(signature)
+            started = time.perf_counter()
+            while compile == "auto" and len(self._seconds) < 5:
+                self._eager(signature)
+                if time.perf_counter() - started > TRIAL:
+                    break
+        return compile is True or self._saves(steps)
 
     def _due(self) -> bool:
         """Whether this step is the one to compile at."""
         # Parameters and moments must exist, which a first step makes.
         if self._steps.refused or self._eagerly or (self._done == 1 and not self._svi.begun):
             return False
-        return self._svi.compile is True or self._pays(self._done)
+        return self._svi.compile is True or self._saves(self._done)
 
-    def _pays(self, steps: int) -> bool:
+    def _saves(self, steps: int) -> bool:
         """Whether so many steps are expected to save what compiling costs."""
         if not self._seconds:
             return False

@@ -17,6 +17,7 @@ from ppl_vae.objectives import Objective, backward
 from ppl_vae.steps import Steps
 
 Feed = Callable[..., Mapping[str, Any]]
+Reduce = Callable[[Any, list[Tensor]], tuple[Any, list[Tensor]]]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -50,6 +51,10 @@ class SVI:
             expected to exceed what it costs.
         feed: makes the programs' keyword arguments from those of ``step``, inside the recorded
             step, so that data are gathered and binarized there.
+        reduce: stands between gradients and optimizer of each step, outside of a recorded one:
+            takes the loss and the parameters that have a gradient, may change gradients in place,
+            and returns the loss and the parameters to go on with. For several workers, it adds
+            theirs up.
 
     Attributes:
         begun: whether a step has been taken.
@@ -72,6 +77,7 @@ class SVI:
         max_grad_norm: float | None = None,
         compile: bool | Literal["auto"] = "auto",
         feed: Feed | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         if not isinstance(optim, torch.optim.Optimizer | PyroOptim):
             raise TypeError(
@@ -88,6 +94,7 @@ class SVI:
         self.max_grad_norm = max_grad_norm
         self.compile = compile
         self.feed = feed
+        self.reduce = reduce
         self.begun = False
         self.averages: dict[str, Tensor] = {}
         self._steps = Steps(self)
@@ -113,7 +120,7 @@ class SVI:
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Take one gradient step without waiting for it. Returns the loss, which a compiled step
-        gives as a tensor ``()``; on CUDA, the next one overwrites it.
+        gives as a tensor ``()``.
 
         A loss that is not finite changes neither parameters nor optimizer, and raises nothing.
         """
@@ -141,6 +148,10 @@ class SVI:
         how = self.compile if compile is None else compile
         return self.compile is not False and self._steps.prepare(args, kwargs, steps, how)
 
+    def pays(self, *args: Any, steps: int, **kwargs: Any) -> bool:
+        """Whether ``prepare`` would compile: to find out, steps are timed that are taken back."""
+        return self.compile is not False and self._steps.pays(args, kwargs, steps, self.compile)
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; arguments go to model and guide."""
         with torch.no_grad(), own_parameters(self.model, self.guide):
@@ -149,8 +160,7 @@ class SVI:
     def eager_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step by the programs' own Python: ``update`` without the graph."""
         with self.parameters():
-            loss, used = self.gradients(*args, **kwargs)
-            self.finish(loss, used)
+            loss = self.finish(*self.gradients(*args, **kwargs))
         self.begun = True
         return loss
 
@@ -177,13 +187,19 @@ class SVI:
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(used, self.max_grad_norm)
 
-    def finish(self, loss: Any, used: list[Tensor]) -> None:
-        """Let the optimizer step on the gradients if the loss is finite, and drop them."""
+    def finish(self, loss: Any, used: list[Tensor]) -> Any:
+        """Let the optimizer step on the gradients if the loss is finite, and drop them.
+
+        Returns the loss, reduced where there is a ``reduce``.
+        """
+        if self.reduce is not None:
+            loss, used = self.reduce(loss, used)
         self.clip(used)
         if is_finite(as_numbers(loss)):
             self.optim(used) if isinstance(self.optim, PyroOptim) else self.optim.step()
         for parameter in used:
             parameter.grad = None
+        return loss
 
 
 def parameters(*programs: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def trial(svi: SVI) -> Iterator[None]:
     """Take back the steps inside: parameters, moments, buffers, running figures, random state.
 
-    The programs' parameters exist already. Moments and averages that the steps make are left,
+    The programs' parameters exist already. Nothing is reduced: other workers need not take part.
+    Moments and averages that the steps make are left,
     but at 0, where they start.
     """
     groups = [group for optimizer in _optimizers(svi) for group in optimizer.param_groups]
@@ -30,11 +31,11 @@ def trial(svi: SVI) -> Iterator[None]:
     changing: list[Any] = [parameter for group in groups for parameter in group["params"]]
     changing += [*made, *(slot.tensor for slot in held), *vars(svi.loss).values()]
     before = Snapshot([value for value in changing if isinstance(value, Tensor)])
-    begun = svi.begun
+    begun, reduce, svi.reduce = svi.begun, svi.reduce, None
     try:
         yield
     finally:
-        svi.begun = begun
+        svi.begun, svi.reduce = begun, reduce
         for slot in held:
             slot.holder[slot.name] = slot.tensor
         if averages:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppl_vae.begin import described
 from ppl_vae.checkpoints import CorruptCheckpoint
 from ppl_vae.data import Dataset, as_dataset
-from ppl_vae.fitting import Fitted, described, fit, torch_device
+from ppl_vae.fitting import Fitted, fit, torch_device
 from ppl_vae.loop import load_weights
 from ppl_vae.model import GenerativeModel
 from ppl_vae.names import nearest

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
 import ppl_vae
+from ppl_vae.begin import _scheduler
 from ppl_vae.evaluation import mean_elbo
-from ppl_vae.fitting import Fitted, _scheduler, fit
+from ppl_vae.fitting import Fitted, fit
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from ppl_vae.loop import weights
@@ -255,6 +256,8 @@ def test_the_random_state_of_the_caller_is_left_alone(data: dict[str, Tensor]) -
     [
         ({"epochs": 0}, "epochs=0: expected a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size=0: expected"),
+        ({"devices": 0}, "devices=0: expected a whole number of at least 1"),
+        ({"num_nodes": 0.5}, "num_nodes=0.5: expected a whole number of at least 1"),
         ({"patience": 0}, "patience=0: expected at least 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: expected a positive number"),
         ({"optimizer": "sgd"}, "optimizer='sgd': expected one of adam, adamw, adamax"),

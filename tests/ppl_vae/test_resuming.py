@@ -80,16 +80,16 @@ def assert_same_history(one: list[dict[str, float]], other: list[dict[str, float
 @pytest.fixture
 def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has Ctrl-C pressed in the n-th step from now on, and nowhere else."""
-    take_step = TrainingLoop._step
+    take = TrainingLoop.taken
     left = [0]
 
-    def step(self: TrainingLoop, rows: Tensor) -> None:
-        take_step(self, rows)
+    def taken(self: TrainingLoop, loss: Any) -> None:
+        take(self, loss)
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(TrainingLoop, "_step", step)
+    monkeypatch.setattr(TrainingLoop, "taken", taken)
     return lambda steps: left.__setitem__(0, steps)
 
 
@@ -123,6 +123,10 @@ WORSE: dict[str, Any] = {"epochs": 9, "schedule": jump, "patience": 4}
         pytest.param({"optimizer": "adamw", "weight_decay": 0.1}, id="adamw"),
         pytest.param({"optimizer": "adamax"}, id="adamax"),
         pytest.param({"max_grad_norm": 1e-2}, id="clipped"),
+        pytest.param({"accumulate": 3}, id="accumulated"),
+        pytest.param(
+            {"compile": True, "warmup": 2, "schedule": jump, "binarize": "dynamic"}, id="compiled"
+        ),
     ],
 )
 def test_resuming_gives_the_same_bits(

@@ -235,3 +235,32 @@ def test_parameters_are_listed_once_in_order_without_frozen_ones():
     found = parameters(nn.Sequential(shared, frozen), nn.Sequential(nn.Linear(2, 1), shared))
     assert [p.shape for p in found] == [(2, 2), (2,), (1, 2), (1,)]
     assert found[0] is shared.weight
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_reduction_stands_between_gradients_and_optimizer(compile):
+    """Plain gradient descent moves twice as far on doubled gradients, in trial steps too little
+    to see: those are taken back, and not reduced."""
+    moved = []
+    for factor in (1.0, 2.0):
+        model, guide, x = zoo_pair(PPCA, MeanField)
+        before = state(model, guide)
+        calls = []
+
+        def reduce(loss, used, factor=factor, calls=calls):
+            calls.append(float(loss))
+            for parameter in used:
+                parameter.grad.mul_(factor)
+            return loss * factor, used
+
+        optimizer = torch.optim.SGD(parameters(model, guide), 1e-3)
+        loss = TraceMeanField_ELBO()
+        svi = SVI(model, guide, optimizer, loss, compile=compile, reduce=reduce)
+        svi.prepare(x=x, total=TOTAL, steps=1)
+        assert not calls
+        pyro.set_rng_seed(3)
+        assert svi.step(x=x, total=TOTAL) == factor * calls[0]
+        moved.append([b - a for a, b in zip(before, state(model, guide), strict=True)])
+    once, twice = moved
+    torch.testing.assert_close(twice, [2 * step for step in once])
+    assert all(step.abs().max() > 0 for step in once)
