@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ppl_vae.model import GenerativeModel as GenerativeModel
     from ppl_vae.recipes import Experiment as Experiment
     from ppl_vae.recipes import load as load
+    from ppl_vae.replicas import evaluate_replicas as evaluate_replicas
     from ppl_vae.sites import check_pair as check_pair
     from ppl_vae.svi import SVI as SVI
 
@@ -32,6 +33,7 @@ _HOMES = {
     "check": "checks",
     "check_pair": "sites",
     "evaluate": "evaluation",
+    "evaluate_replicas": "replicas",
     "fit": "fitting",
     "load": "recipes",
     "load_data": "data",

@@ -65,11 +65,15 @@ def fit_command(
     out: Path | None = None,
     epochs: int | None = None,
     seed: int | None = None,
+    seeds: int | None = None,
     device: Device | None = None,
     devices: int | None = None,
     num_nodes: int | None = None,
     precision: Literal["32-true", "64-true", "bf16-mixed"] | None = None,
+    matmul_precision: Literal["highest", "high", "medium"] | None = None,
+    compile: Literal["auto", "yes", "no"] | None = None,
     batch_size: int | None = None,
+    accumulate: int | None = None,
     optimizer: Literal["adam", "adamw", "adamax"] | None = None,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
@@ -93,11 +97,16 @@ def fit_command(
         out: folder of the run; new, or empty. Default: runs/RECIPE-DATE-TIME.
         epochs: passes over the training rows.
         seed: of weights, noise and order of the rows. Default: 0.
+        seeds: train so many replicas at once, from that seed upwards, each in a folder of its own
+            in the run's.
         device: where to compute. Default: auto.
         devices: on each machine, with a process each. Default: 1, or as torchrun says.
         num_nodes: machines. Default: 1, or as torchrun says.
         precision: of the arithmetic.
+        matmul_precision: of float32 matrix products; high is TF32 on CUDA.
+        compile: the step; auto does so where the run is long enough to gain. Default: auto.
         batch_size: rows a step.
+        accumulate: parts in which a batch is run, to save memory.
         optimizer: its name.
         learning_rate: of the optimizer.
         weight_decay: of the optimizer.
@@ -118,6 +127,9 @@ def fit_command(
         "devices": devices,
         "num_nodes": num_nodes,
         "precision": precision,
+        "matmul_precision": matmul_precision,
+        "compile": {"yes": True, "no": False}.get(compile or "", compile),
+        "accumulate": accumulate,
         "batch_size": batch_size,
         "optimizer": optimizer,
         "learning_rate": learning_rate,
@@ -131,9 +143,10 @@ def fit_command(
         "progress": not quiet,
     }
     if resume is not None:
-        if recipe is not None or out is not None:
+        if recipe is not None or out is not None or seeds is not None:
             raise ValueError(
-                "--resume DIR goes on with the run in DIR: give no RECIPE and no --out"
+                "--resume DIR goes on with the run, or the replicas, in DIR: give no RECIPE, no "
+                "--out and no --seeds"
             )
         fitted = recipes.resume(resume, seed=seed, **options)
     elif recipe is not None:
@@ -142,14 +155,18 @@ def fit_command(
             out = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             if os.environ.get("LOCAL_RANK", "0") == "0":  # of several workers, the first has it
                 print(f"run: {out}", file=sys.stderr)
-        fitted = recipes.run_recipe(recipe, arguments, out=out, seed=seed or 0, **options)
+        fitted = recipes.run_recipe(
+            recipe, arguments, out=out, seed=seed or 0, seeds=seeds, **options
+        )
     else:
         raise ValueError("give a RECIPE (ppl-vae list names them), or --resume DIR")
     if fitted.run is None:
         return  # the first worker has it
-    for name, reason in save_gallery(fitted, fitted.run.folder / "figures").items():
-        print(f"no picture {name}: {reason}", file=sys.stderr)
-    print(fitted.run.folder)
+    for one in fitted.replicas or [fitted]:
+        assert one.run is not None
+        for name, reason in save_gallery(one, one.run.folder / "figures").items():
+            print(f"no picture {name}: {reason}", file=sys.stderr)
+    print(out or resume)
 
 
 def evaluate_command(
@@ -164,7 +181,7 @@ def evaluate_command(
     """Evaluate a run: ELBO, NLL, KL, active units, on every row of a split.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or of replicas: then mean and standard error over the seeds.
         samples: importance draws a row.
         split: which rows.
         seed: of the draws.
@@ -175,29 +192,48 @@ def evaluate_command(
     from ppl_vae.atomic import write_atomically
     from ppl_vae.evaluation import evaluate
     from ppl_vae.recipes import load
+    from ppl_vae.replicas import Spread, run_folders
 
-    fitted = load(run, device=device)
-    figures = evaluate(
-        fitted.model,
-        fitted.guide,
-        fitted.data,
-        samples=samples,
-        split=split,
-        seed=seed,
-        memory=memory,
-    ).to_json()
-    text = json_.dumps(figures, indent=2)
-    write_atomically(run / f"evaluation-{split}.json", text.encode() + b"\n")
+    folders, each = run_folders(run), []
+    for folder in folders:
+        fitted = load(folder, device=device)
+        each.append(
+            evaluate(
+                fitted.model,
+                fitted.guide,
+                fitted.data,
+                samples=samples,
+                split=split,
+                seed=seed,
+                memory=memory,
+            )
+        )
+        text = json_.dumps(each[-1].to_json(), indent=2)
+        write_atomically(folder / f"evaluation-{split}.json", text.encode() + b"\n")
+    figures = each[0].to_json()
+    errors = {"elbo": each[0].elbo_se, "nll": each[0].nll_se}
+    title = f"{split}: {figures['rows']} rows, {samples} importance samples a row, nats per datum"
+    if len(each) > 1:
+        spread = Spread.of(each)
+        figures, errors = spread.mean, spread.standard_error
+        over = {"mean": figures, "standard_error": errors, "seeds": len(each)}
+        text = json_.dumps(over | {"each": [one.to_json() for one in each]}, indent=2)
+        write_atomically(run / f"evaluation-{split}.json", text.encode() + b"\n")
+        title += f"; mean and standard error over {len(each)} seeds"
     if json:
         print(text)
         return
-    print(f"{split}: {figures['rows']} rows, {samples} importance samples a row, nats per datum")
-    print(f"  ELBO            {figures['elbo']:10.3f} +- {figures['elbo_se']:.3f}")
-    print(f"  reconstruction  {figures['reconstruction']:10.3f}")
-    print(f"  KL              {figures['kl']:10.3f}")
-    print(f"  NLL             {figures['nll']:10.3f} +- {figures['nll_se']:.3f}")
-    print(f"  bits per dim    {figures['bits_per_dim']:10.4f}")
-    print(f"  active units    {figures['active_units']:10d}")
+    print(title)
+    for name, label, digits in (
+        ("elbo", "ELBO", 3),
+        ("reconstruction", "reconstruction", 3),
+        ("kl", "KL", 3),
+        ("nll", "NLL", 3),
+        ("bits_per_dim", "bits per dim", 4),
+        ("active_units", "active units", 0 if len(each) == 1 else 1),
+    ):
+        error = f" +- {errors[name]:.{digits}f}" if name in errors else ""
+        print(f"  {label:<16}{figures[name]:10.{digits}f}{error}")
 
 
 def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:

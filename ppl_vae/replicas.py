@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ppl_vae.evaluation import Evaluation, evaluate
 from ppl_vae.graphs import Untraceable
 from ppl_vae.loop import TrainingLoop
 from ppl_vae.model import GenerativeModel
@@ -18,6 +21,9 @@ from ppl_vae.recorded import RecordedStep
 from ppl_vae.signature import Signature
 from ppl_vae.trial import trial
 from ppl_vae.vectorized import vectorize
+
+if TYPE_CHECKING:
+    from ppl_vae.fitting import Fitted
 
 Pair = tuple[GenerativeModel, nn.Module]
 
@@ -137,6 +143,49 @@ def folders(out: Path | None, seed: int, seeds: int | None) -> list[Path | None]
     if seeds is None or out is None:
         return [out] * (seeds or 1)
     return [out / f"seed-{seed + number}" for number in range(seeds)]
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """The folders of the runs in a folder: itself, or those of its replicas, by seed."""
+    folder = Path(folder)
+    found = sorted(folder.glob("seed-*/run.json"), key=lambda path: int(path.parent.name[5:]))
+    if (folder / "run.json").exists() or not found:
+        return [folder]
+    return [path.parent for path in found]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Figures of replicas: mean and standard error over them, by the names that
+    :class:`~ppl_vae.evaluation.Evaluation` gives them; and each replica's."""
+
+    mean: dict[str, float]
+    standard_error: dict[str, float]
+    each: list[Evaluation]
+
+    @classmethod
+    def of(cls, each: list[Evaluation]) -> Spread:
+        values = {
+            name: torch.tensor([float(getattr(one, name)) for one in each], dtype=torch.float64)
+            for name in ("elbo", "reconstruction", "kl", "nll", "bits_per_dim", "active_units")
+        }
+        return cls(
+            mean={name: value.mean().item() for name, value in values.items()},
+            standard_error={
+                name: (value.std() / len(value) ** 0.5).item() if len(value) > 1 else math.nan
+                for name, value in values.items()
+            },
+            each=each,
+        )
+
+
+def evaluate_replicas(replicas: Sequence[Fitted], **options: Any) -> Spread:
+    """Evaluate the replicas of a fit of several seeds, ``fitted.replicas``.
+
+    Args:
+        options: arguments of :func:`ppl_vae.evaluate`.
+    """
+    return Spread.of([evaluate(one.model, one.guide, one.data, **options) for one in replicas])
 
 
 def _stacked(signatures: Sequence[Signature]) -> list[torch.Tensor]:

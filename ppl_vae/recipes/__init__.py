@@ -28,6 +28,7 @@ from ppl_vae.fitting import Fitted, fit, torch_device
 from ppl_vae.loop import load_weights
 from ppl_vae.model import GenerativeModel
 from ppl_vae.names import nearest
+from ppl_vae.replicas import run_folders
 from ppl_vae.run import Run
 from ppl_vae.sites import aside
 from ppl_vae.zoo import collect, find, modules
@@ -115,21 +116,25 @@ def run_recipe(
     *,
     out: str | Path | None = None,
     seed: int = 0,
+    seeds: int | None = None,
     **options: Any,
 ) -> Fitted:
     """Build and fit a recipe. ``options`` are arguments of :func:`ppl_vae.fit`; they win over the
-    recipe's own, and None among them stands for the recipe's."""
+    recipe's own, and None among them stands for the recipe's. Of ``seeds``, each has initial
+    weights of its own."""
     file, function = _file_and_function(recipe)
     name = recipe if file is None else f"{file}:{function}"  # found from any folder later on
     given = dict(arguments or {})
-    experiment = build(name, given, seed)
+    built = [build(name, given, seed + number) for number in range(seeds or 1)]
+    experiment = built[0]
     chosen = {option: value for option, value in options.items() if value is not None}
     return fit(
-        experiment.model,
-        experiment.guide,
+        experiment.model if seeds is None else [one.model for one in built],
+        experiment.guide if seeds is None else [one.guide for one in built],
         experiment.data,
         out=out,
         seed=seed,
+        seeds=seeds,
         record={
             "recipe": name,
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
@@ -139,7 +144,8 @@ def run_recipe(
 
 
 def resume(folder: str | Path, **options: Any) -> Fitted:
-    """Go on with the run of a recipe, with the settings it was begun with.
+    """Go on with the run of a recipe, or with the replicas in a folder, with the settings they
+    were begun with.
 
     Args:
         options: arguments of :func:`ppl_vae.fit` that do not make another run of it, such as more
@@ -148,7 +154,9 @@ def resume(folder: str | Path, **options: Any) -> Fitted:
     Raises:
         ValueError: an option that would make another run; a run that no recipe made.
     """
-    run = Run.open(folder)
+    found = run_folders(folder)
+    run = Run.open(found[0])
+    seeds = None if found[0] == Path(folder) else len(found)
     recipe, arguments, seed = _recipe_of(run), run.record["arguments"], run.record["seed"]
     chosen = {option: value for option, value in options.items() if value is not None}
     if chosen.pop("seed", seed) != seed:
@@ -160,7 +168,13 @@ def resume(folder: str | Path, **options: Any) -> Fitted:
         for name, value in run.record["fit"].items()
     }
     return run_recipe(
-        recipe, arguments, out=run.folder, seed=seed, resume=True, **(begun_with | chosen)
+        recipe,
+        arguments,
+        out=folder,
+        seed=seed,
+        seeds=seeds,
+        resume=True,
+        **(begun_with | chosen),
     )
 
 
