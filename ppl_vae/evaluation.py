@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
-from torch.distributions import Normal as TorchNormal
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppl_vae.centers import center
 from ppl_vae.data import Rows, as_dataset
-from ppl_vae.draws import observed, particles
-from ppl_vae.model import ROWS, GenerativeModel, own_parameters
+from ppl_vae.draws import observed
+from ppl_vae.importance import Budget, Compile, Figures, budget, mean_figures, parts
+from ppl_vae.model import ROWS, GenerativeModel
 from ppl_vae.objectives import Terms
 from ppl_vae.sites import (
     Site,
     check_data,
     check_pair,
     evaluating,
-    paired_traces,
     read_sites,
-    sample_nodes,
 )
 
 
@@ -84,6 +78,7 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     memory: int = 512,
+    compile: Compile = "auto",
 ) -> Evaluation:
     """ELBO and NLL of every row of a split, with ``samples`` draws a row.
 
@@ -99,6 +94,9 @@ def evaluate(
         samples: K, importance draws a row.
         seed: of the draws.
         memory: MiB that the intermediate tensors may take; draws and rows are split to fit.
+        compile: whether to compile the model's part, which takes seconds; "auto" weighs the
+            measured time of the draws still to do against that. Draws are the same either way,
+            figures up to rounding. What cannot be compiled runs eagerly, with a warning.
 
     Raises:
         ValueError: ``samples`` or ``memory`` below 1; an enumerated site, or one in a plate besides
@@ -115,9 +113,15 @@ def evaluate(
         check_pair(model, guide, **probe)
         sites = read_sites(model, **probe)
         check_measurable(sites.values())
-        check_data(model, (observed(model, rows, part) for part in _parts(len(rows), 1000)))
-        capacity = max(1, memory * 2**20 // _bytes_per_draw(model, guide, probe))
-        columns = _columns(model, guide, rows, samples, capacity)
+        check_data(model, (observed(model, rows, part) for part in parts(len(rows), 1000)))
+        columns = mean_figures(
+            model,
+            guide,
+            rows,
+            samples=samples,
+            budget=budget(model, guide, probe, samples=samples, memory=memory),
+            compile=compile,
+        )
     kl = _kl_per_site(columns)
     elbo, evidence = columns["elbo", ""], columns["log evidence", ""]
     reconstruction = columns["reconstruction", ""].mean().item()
@@ -160,7 +164,9 @@ def evaluate(
 def mean_elbo(model: GenerativeModel, guide: torch.nn.Module, rows: Rows, *, seed: int) -> Terms:
     """The ELBO of a whole split, in nats per datum, from one draw a row."""
     with evaluating(seed, model, guide):
-        columns = _columns(model, guide, rows, samples=1, capacity=1000)
+        columns = mean_figures(
+            model, guide, rows, samples=1, budget=Budget(1000, 1000), compile=False
+        )
     kl = sum(_kl_per_site(columns).values())
     return Terms(columns["reconstruction", ""].mean(), torch.tensor(kl))
 
@@ -184,34 +190,7 @@ def check_measurable(sites: Iterable[Site]) -> None:
             )
 
 
-def _parts(rows: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-_Key = tuple[str, str]
-"""A figure and the site it belongs to ("" for all together)."""
-
-
-def _columns(
-    model: GenerativeModel, guide: torch.nn.Module, rows: Rows, samples: int, capacity: int
-) -> dict[_Key, Tensor]:
-    """Figures of every row, ``(rows, ...)``, means over ``samples`` draws; a global site's stand
-    at each row of a part alike. At most ``capacity`` draws of rows are made at once."""
-    draws = min(samples, capacity)
-    step = max(1, capacity // draws)
-    columns: dict[_Key, Tensor] = {}
-    for part in _parts(len(rows), step):
-        batch = observed(model, rows, part)
-        for key, value in _means_over_draws(model, guide, batch, samples, draws).items():
-            if key not in columns:
-                # All at once: small results allocated between large intermediate ones would
-                # keep the allocator from using the same memory again for the next part.
-                columns[key] = torch.empty(len(rows), *value.shape[1:], dtype=value.dtype)
-            columns[key][part] = value
-    return columns
-
-
-def _kl_per_site(columns: dict[_Key, Tensor]) -> dict[str, float]:
+def _kl_per_site(columns: Figures) -> dict[str, float]:
     """Nats per datum; the KL of a global site is shared by the rows."""
     kl: dict[str, float] = {}
     for (kind, site), column in columns.items():
@@ -220,102 +199,5 @@ def _kl_per_site(columns: dict[_Key, Tensor]) -> dict[str, float]:
     return kl
 
 
-def _figures(
-    model: GenerativeModel, guide: torch.nn.Module, batch: dict[str, Tensor], draws: int
-) -> dict[_Key, Tensor]:
-    """Figures of each draw: ``(draws, rows, ...)``, or ``(draws, 1, ...)`` for global sites."""
-    plate = particles(draws, 1)
-    with own_parameters(model, guide):
-        model_trace, guide_trace = paired_traces(plate(model), plate(guide), **batch)
-    drawn = dict(sample_nodes(guide_trace))
-    # An autoguide draws a site through an auxiliary one, whose density is part of the site's q.
-    auxiliary = {
-        name.removesuffix("_unconstrained"): node["fn"].log_prob(node["value"]).double()
-        for name, node in drawn.items()
-        if node["infer"].get("is_auxiliary")
-    }
-    reconstruction: Tensor | float = 0.0
-    elbo: Tensor | float = 0.0
-    figures: dict[_Key, Tensor] = {}
-    for name, node in sample_nodes(model_trace):
-        log_p = node["fn"].log_prob(node["value"]).double()
-        if node["is_observed"]:
-            reconstruction = reconstruction + log_p
-            continue
-        q = drawn[name]["fn"]
-        log_q = q.log_prob(node["value"]).double() + auxiliary.get(name, 0.0)
-        kl = log_q - log_p
-        if (closed := _kl_per_latent(q, node["fn"])) is not None:
-            figures["kl per latent", name] = closed.double().reshape(*kl.shape, -1)
-        if not any(frame.name == ROWS for frame in node["cond_indep_stack"]):
-            figures["global kl", name] = kl
-            continue
-        figures["kl", name] = kl
-        elbo = elbo - kl
-        if not q.support.is_discrete:
-            with suppress(NotImplementedError):
-                figures["posterior mean", name] = center(q).double()
-    figures["reconstruction", ""] = torch.as_tensor(reconstruction)
-    figures["elbo", ""] = elbo + figures["reconstruction", ""]
-    return figures
-
-
-def _means_over_draws(
-    model: GenerativeModel,
-    guide: torch.nn.Module,
-    batch: dict[str, Tensor],
-    samples: int,
-    draws: int,
-) -> dict[_Key, Tensor]:
-    """Figures of each row, averaged over ``samples`` draws, of which ``draws`` at a time."""
-    sums: dict[_Key, Tensor] = {}
-    log_sums: list[Tensor] = []
-    for done in range(0, samples, draws):
-        figures = _figures(model, guide, batch, min(draws, samples - done))
-        # log p(x, z) - log q(z | x): what is averaged to the ELBO is the log importance weight.
-        log_sums.append(figures["elbo", ""].logsumexp(0))
-        for key, value in figures.items():
-            sums[key] = sums[key] + value.sum(0) if key in sums else value.sum(0)
-    means = {key: (total / samples).cpu() for key, total in sums.items()}
-    log_sum = torch.stack(log_sums).logsumexp(0)
-    means["log evidence", ""] = (log_sum - math.log(samples)).cpu()
-    return means
-
-
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _kl_per_latent(q: Any, p: Any) -> Tensor | None:
-    while isinstance(q, Independent) and isinstance(p, Independent):
-        q, p = q.base_dist, p.base_dist
-    if isinstance(q, TorchNormal) and isinstance(p, TorchNormal):
-        return kl_divergence(q, p)
-    return None
-
-
-class _OutputBytes(TorchDispatchMode):
-    """Adds up the sizes of all tensors that operations make, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in inputs:
-                self.bytes += t.numel() * t.element_size()
-        return out
-
-
-def _bytes_per_draw(
-    model: GenerativeModel, guide: torch.nn.Module, batch: dict[str, Tensor]
-) -> int:
-    """Bytes that one draw of one row makes: an upper bound on what is alive at once."""
-    draws = 4
-    with _OutputBytes() as made:
-        _figures(model, guide, batch, draws)
-    rows = len(next(iter(batch.values())))
-    return max(1, made.bytes // (draws * rows))

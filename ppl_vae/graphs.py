@@ -116,7 +116,8 @@ class Graph:
         except Exception as error:  # whatever a compiler, or its absence, may raise
             raise Untraceable(_first_line(error)) from error
         captured, structure = self.captured, self._structure
-        if any(tensor.is_cuda for tensor in held):
+        # A number that lies on the host would be the same at each replay.
+        if held and all(tensor.is_cuda for tensor in held):
             program = CudaGraph(program, captured, self.mutated)
 
         def run(*inputs: Tensor) -> Any:
@@ -271,22 +272,29 @@ def _compute_numbers_once(graph: fx.Graph) -> None:
     It writes out, in the loop over a parameter, what the loop needs of numbers: a power and a root
     for a bias correction of Adam, for every 16 entries. A strided view makes it store them.
     """
+    aten = torch.ops.aten
     for node in list(graph.nodes):
         shape = _shape(node)
-        if node.op != "call_function" or shape is None or math.prod(shape) > FEW:
+        if shape is None or math.prod(shape) > FEW or not _is_pointwise(node):
             continue
         large = [user for user in node.users if math.prod(_shape(user) or ()) > FEW]
         if not large or not node.meta["tensor_meta"].dtype.is_floating_point:
             continue
-        aten = torch.ops.aten
-        with graph.inserting_after(node):
-            flat = graph.call_function(aten.reshape.default, (node, [-1]))
-        with graph.inserting_after(flat):
-            line = graph.call_function(aten.as_strided.default, (flat, [math.prod(shape)], [1]))
-        with graph.inserting_after(line):
-            stored = graph.call_function(aten.reshape.default, (line, list(shape)))
+        stored = node
+        for target, arguments in (
+            (aten.reshape.default, ([-1],)),
+            (aten.clone.default, ()),  # a view has strides of its own
+            (aten.as_strided.default, ([math.prod(shape)], [1])),
+            (aten.reshape.default, (list(shape),)),
+        ):
+            with graph.inserting_after(stored):
+                stored = graph.call_function(target, (stored, *arguments))
         for user in large:
             user.replace_input_with(node, stored)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 FEW = 64

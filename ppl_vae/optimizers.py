@@ -65,6 +65,11 @@ class OptimizerStep:
             torch.tensor(rate, dtype=group["params"][0].dtype, device=group["params"][0].device)
             for rate, group in zip(self._rates, self._groups, strict=True)
         ]
+        for optimizer in self._optimizers:
+            for parameter, slots in optimizer.state.items():
+                # Some count steps on the host, from where a device's graph cannot read.
+                if isinstance(count := slots.get("step"), Tensor):
+                    slots["step"] = count.to(parameter.device)
         self._slots = [
             (o, parameter, dict(sorted(o.state[parameter].items())))
             for o in self._optimizers

@@ -57,12 +57,28 @@ def vectorize(graphs: Sequence[Graph], *inputs: Tensor) -> Callable[..., Any]:
 
 def _stack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
     """Tensors stacked, each of them then a slice of the stack; or the one that all of them are."""
-    if all(tensor is tensors[0] for tensor in tensors):
-        return tensors[0], True
+    first = tensors[0]
+    if all(tensor is first for tensor in tensors):
+        return first, True
+    # Another program, of another batch size, may have stacked them before, and writes there.
+    shape, strides = (len(tensors), *first.shape), (first.numel(), *first.stride())
+    if _are_slices(tensors):
+        return first.detach().as_strided(shape, strides, first.storage_offset()), False
     stacked = torch.stack([tensor.detach() for tensor in tensors])
     for tensor, part in zip(tensors, stacked, strict=True):
         tensor.data = part
     return stacked, False
+
+
+def _are_slices(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether tensors follow one another in one memory."""
+    first = tensors[0]
+    return all(
+        tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and tensor.storage_offset() == first.storage_offset() + number * first.numel()
+        and tensor.is_contiguous()
+        for number, tensor in enumerate(tensors)
+    )
 
 
 _FILLS = {

@@ -83,6 +83,27 @@ def test_a_graph_reads_and_writes_what_the_function_does() -> None:
     assert len(graph.first(1)(x)) == 1
 
 
+def test_numbers_that_large_tensors_need_are_those_they_need() -> None:
+    """However they lie in memory: the compiler is made to store them, see _compute_numbers_once."""
+    torch.manual_seed(0)
+    weight, large = torch.rand(6, 6), torch.rand(40, 6, 6)
+
+    def function(x: Tensor) -> list[Tensor]:
+        row = weight[:, 0]
+        return [
+            x * row,
+            x * (-row),
+            x * weight.t().exp(),
+            x * weight[::2, 1:2].log().expand(3, 6).repeat(2, 1),
+            x ** (row.sum() + 1).sqrt(),
+            x * weight[1].exp().unsqueeze(-1),
+        ]
+
+    _, graph = record(function, large)
+    for compiled, expected in zip(graph.compile(large)(large), function(large), strict=True):
+        torch.testing.assert_close(compiled, expected)
+
+
 def test_a_tensor_made_aside_is_read_at_each_run() -> None:
     made = []
 

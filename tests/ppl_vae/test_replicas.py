@@ -90,7 +90,8 @@ def test_eager_replicas_equal_compiled_ones_in_distribution(data: dict[str, Tens
     replicas' spread is that of noise."""
     ends = {}
     for compile in (True, False):
-        result = fitted(data, epochs=60, learning_rate=2e-2, compile=compile, precision="64-true")
+        options = {"epochs": 60, "learning_rate": 2e-2, "batch_size": 80, "precision": "64-true"}
+        result = fitted(data, compile=compile, **options)
         ends[compile] = torch.tensor([r.history[-1]["validation_elbo"] for r in result.replicas])
     torch.testing.assert_close(ends[True].mean(), ends[False].mean(), atol=0.15, rtol=0)
 

@@ -20,7 +20,7 @@ from ppl_vae.svi import SVI, parameters
 from ppl_vae.vectorized import vectorize
 
 pytestmark = pytest.mark.usefixtures("float64")
-ROWS, BATCH, REPLICAS = 50, 16, 3
+ROWS, BATCH, REPLICAS = 50, 32, 3
 
 
 def replicas(data: Tensor) -> list[SVI]:
@@ -49,7 +49,7 @@ def state(svi: SVI) -> list[Tensor]:
 
 
 def test_replicas_equal_separate_runs_on_the_same_weights_and_noise() -> None:
-    """A batch's noise, 16 rows of 3, comes in whole blocks of the generator: drawn for all replicas
+    """A batch's noise, 32 or 16 rows of 3, comes in whole blocks of the generator: drawn for all replicas
     at once it is what they draw one after the other."""
     data = torch.bernoulli(torch.full((ROWS, 6), 0.4))
     alone, together = replicas(data), replicas(data)
@@ -66,15 +66,24 @@ def test_replicas_equal_separate_runs_on_the_same_weights_and_noise() -> None:
     torch.manual_seed(1)
     before = [state(svi) for svi in together]
     program = vectorize(graphs, numbers)
+    smaller = numbers[:, : BATCH // 2]  # another batch size, another program on the same weights
+    halves = [
+        RecordedStep(svi, Signature((own,), {}), varying=False).graph()
+        for svi, own in zip(together, smaller, strict=True)
+    ]
+    program_of_halves = vectorize(halves, smaller)
     assert all(
         torch.equal(a, b)
         for svi, held in zip(together, before, strict=True)
         for a, b in zip(state(svi), held, strict=True)
     ), "making the program takes no step"
+    batches = [numbers, smaller, numbers, numbers, smaller, smaller, numbers]
     torch.manual_seed(1)
-    expected = [[svi.step(own) for svi, own in zip(alone, numbers, strict=True)] for _ in range(10)]
+    expected = [[svi.step(own) for svi, own in zip(alone, batch, strict=True)] for batch in batches]
     torch.manual_seed(1)
-    losses = [program(numbers)[0].tolist() for _ in range(10)]
+    losses = [
+        (program if batch is numbers else program_of_halves)(batch)[0].tolist() for batch in batches
+    ]
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(state(other), state(one), rtol=1e-9, atol=1e-11)
