@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
-SOURCES := ppl_vae models guides tests tutorials
+BENCH := .venv-bench/bin
+SOURCES := ppl_vae models guides tests tutorials benchmarks
 
-.PHONY: demo test check test-slow lint types clean
+.PHONY: demo test check test-slow lint types clean bench
 
 demo: .venv/ready
 	$(BIN)/ppl-vae fit vae-digits --out $(DEMO)
@@ -39,8 +40,21 @@ types: .venv/ready
 	$(BIN)/python -m pip install -q -e ".[test]"
 	touch $@
 
+# Side by side with NumPyro and pythae, in an environment of their own; leave the machine alone meanwhile.
+bench: .venv-bench/ready
+	$(BENCH)/python -m benchmarks.step --save
+	$(BENCH)/python -m benchmarks.evidence --save
+	$(BENCH)/python -m benchmarks.memory --save
+	$(BENCH)/python -m benchmarks.seeds --save
+
+.venv-bench/ready: pyproject.toml
+	test -x $(BENCH)/python || $(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install -q --upgrade pip "setuptools>=77"
+	$(BENCH)/python -m pip install -q -e ".[bench]"
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache
 
 # The zoo's tables in the README, from the docstrings.
 .PHONY: readme

@@ -49,8 +49,8 @@ def state(svi: SVI) -> list[Tensor]:
 
 
 def test_replicas_equal_separate_runs_on_the_same_weights_and_noise() -> None:
-    """A batch's noise, 32 or 16 rows of 3, comes in whole blocks of the generator: drawn for all replicas
-    at once it is what they draw one after the other."""
+    """A batch's noise, 32 or 16 rows of 3, comes in whole blocks of the generator: drawn for all
+    replicas at once it is what they draw one after the other."""
     data = torch.bernoulli(torch.full((ROWS, 6), 0.4))
     alone, together = replicas(data), replicas(data)
     numbers = torch.stack([torch.randperm(ROWS)[:BATCH] for _ in range(REPLICAS)])
