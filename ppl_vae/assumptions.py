@@ -30,7 +30,7 @@ class Assumptions:
         modules: all that were found, submodules too.
     """
 
-    def __init__(self, programs: Iterable[Callable[..., Any]]) -> None:
+    def __init__(self, programs: Iterable[Any]) -> None:
         self.modules: list[nn.Module] = []
         self._seen: set[int] = set()
         self._plain: list[tuple[str, Mapping[str, Any], str, Any]] = []

@@ -208,9 +208,10 @@ def evaluate_command(
                 memory=memory,
             )
         )
-        text = json_.dumps(each[-1].to_json(), indent=2)
-        write_atomically(folder / f"evaluation-{split}.json", text.encode() + b"\n")
+        own = json_.dumps(each[-1].to_json(), indent=2)
+        write_atomically(folder / f"evaluation-{split}.json", own.encode() + b"\n")
     figures = each[0].to_json()
+    text = json_.dumps(figures, indent=2)
     errors = {"elbo": each[0].elbo_se, "nll": each[0].nll_se}
     title = f"{split}: {figures['rows']} rows, {samples} importance samples a row, nats per datum"
     if len(each) > 1:

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MLP(nn.Sequential):
@@ -133,6 +134,41 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         image = self.stages(self.foot(z.reshape(-1, self.inputs)))  # (rows, C, H, W)
         return image.reshape(*z.shape[:-1], self.outputs)
+
+
+class Recomputed(nn.Module):
+    """A net whose activations are computed again in the backward pass, instead of being kept.
+
+    Time for memory: only what goes in is kept. Source: Chen et al. 2016 (arXiv:1604.06174). For
+    eager steps: in a compiled one the compiler chooses when to compute, and nothing was saved where
+    it was measured; ``fit(accumulate=)`` saves memory in both.
+
+    Shapes: as the net's.
+
+    Args:
+        net: draws nothing; dropout would draw anew.
+
+    Raises:
+        ValueError: the net has dropout.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in net.modules()):
+            raise ValueError(
+                f"Recomputed({type(net).__name__}): the net has dropout, which would drop other "
+                "entries when computed again; recompute the parts between"
+            )
+        self.net = net
+        for name in ("inputs", "outputs"):
+            if (stated := getattr(net, name, None)) is not None:
+                setattr(self, name, stated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.net(x)
+        out = checkpoint(self.net, x, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, out)
 
 
 def width_of(net: nn.Module, example: Tensor) -> int:

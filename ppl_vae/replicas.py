@@ -123,13 +123,14 @@ def pairs(
     Raises:
         ValueError: another number of models or guides than of seeds.
     """
-    if isinstance(model, nn.Module) and isinstance(guide, nn.Module):
+    if isinstance(model, GenerativeModel) and isinstance(guide, nn.Module):
         return (
             [(model, guide)]
             if seeds is None
             else [copy.deepcopy((model, guide)) for _ in range(seeds)]
         )
-    models, guides = (list(x) if not isinstance(x, nn.Module) else [x] for x in (model, guide))
+    models = [model] if isinstance(model, GenerativeModel) else list(model)
+    guides = [guide] if isinstance(guide, nn.Module) else list(guide)
     if not len(models) == len(guides) == seeds:
         raise ValueError(
             f"{len(models)} models and {len(guides)} guides for seeds={seeds}: expected one of "

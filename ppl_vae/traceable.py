@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pyro
+import pyro.util as pyro_util
 import torch
 from pyro.infer import util as infer_util
 from torch import Tensor
@@ -32,7 +33,7 @@ def traceable() -> Iterator[None]:
         stack.enter_context(_Answers())
         # A hook of the backward pass asks too, where no function mode hears it.
         for question in ("torch_isnan", "torch_isinf"):
-            stack.enter_context(mock.patch.object(pyro.util, question, return_value=False))
+            stack.enter_context(mock.patch.object(pyro_util, question, return_value=False))
         dot = infer_util._fulldot
         stack.enter_context(
             mock.patch.object(infer_util, "_fulldot", lambda prob, cost: _dot(dot, prob, cost))

@@ -44,7 +44,7 @@ def vectorize(graphs: Sequence[Graph], *inputs: Tensor) -> Callable[..., Any]:
     pure = make_fx(functionalize(first.module))(*example)
 
     def run(*given: Tensor) -> Any:
-        step = torch.vmap(_Stacked(pure).run, in_dims=(0, *dims), randomness="different")
+        step = torch.vmap(_Stacked(pure).of_replica, in_dims=(0, *dims), randomness="different")
         return step(zeros, *stacked, *given)
 
     try:
@@ -104,9 +104,10 @@ class _Stacked(fx.Interpreter):
     a zero of each replica's own.
     """
 
-    def run(self, zero: Tensor, *inputs: Tensor) -> Any:
+    def of_replica(self, zero: Tensor, *inputs: Tensor) -> Any:
+        """What the graph gives, for one replica's inputs."""
         self._zero = zero
-        return super().run(*inputs)
+        return self.run(*inputs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.aten.copy.default:  # has no rule over a stack

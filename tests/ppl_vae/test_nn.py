@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppl_vae.nn import MLP, ConvDecoder, ConvEncoder, Gated, GatedMLP, width_of
+from ppl_vae.nn import MLP, ConvDecoder, ConvEncoder, Gated, GatedMLP, Recomputed, width_of
 
 IMAGES = [(c, side, side) for c in (1, 3) for side in (8, 28, 32, 64)]
 STAGES = {8: 1, 28: 2, 32: 3, 64: 4}
@@ -133,3 +133,29 @@ def test_width_of_takes_what_the_net_states_or_tries_it():
 
     assert width_of(MLP(4, 3), torch.zeros(2, 99)) == 3  # stated: the example is not used
     assert width_of(Silent(), torch.zeros(2, 4)) == 8
+
+
+def test_a_recomputed_net_keeps_its_input_alone() -> None:
+    torch.manual_seed(0)
+    net = MLP(4, 16, 16, 2)
+    x = torch.randn(7, 4, requires_grad=True)
+    kept: dict[bool, int] = {}
+    gradients = []
+    for recomputed in (False, True):
+        saved: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t
+        )
+        with hooks:
+            out = (Recomputed(net) if recomputed else net)(x)
+        kept[recomputed] = sum(saved)
+        gradients.append(torch.autograd.grad(out.sum(), [x, *net.parameters()]))
+    assert kept[True] < kept[False]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert Recomputed(net).outputs == 2
+
+
+def test_dropout_cannot_be_recomputed() -> None:
+    with pytest.raises(ValueError, match="would drop other entries"):
+        Recomputed(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
