@@ -65,6 +65,14 @@ def _vae(*hidden: int, latents: int) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _m2(hidden: int, latents: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "q_y": (PIXELS, hidden, CLASSES),
+        "q_z": (PIXELS + CLASSES, hidden, 2 * latents),
+        "decoder": (CLASSES + latents, hidden, PIXELS),
+    }
+
+
 SIZES: dict[str, Size] = {
     "tiny": Size("vae", 16, _vae(64, latents=20)),
     "paper": Size("vae", 128, _vae(400, latents=20)),
@@ -79,15 +87,8 @@ SIZES: dict[str, Size] = {
             "decoder": (40, 300, PIXELS),
         },
     ),
-    "m2": Size(
-        "m2",
-        32,
-        {
-            "q_y": (PIXELS, 300, CLASSES),
-            "q_z": (PIXELS + CLASSES, 300, 2 * 32),
-            "decoder": (CLASSES + 32, 300, PIXELS),
-        },
-    ),
+    "m2": Size("m2", 32, _m2(300, latents=32)),
+    "m2-tiny": Size("m2", 16, _m2(64, latents=20)),
     "belief-net": Size(
         "belief-net",
         32,

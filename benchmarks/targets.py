@@ -53,7 +53,7 @@ TARGETS = (
     _at_least("cpu", "paper", 1.7),
     *(_at_most("cpu", size, HAND_COMPILED, 1.0) for size in ("tiny", "paper")),
     *(_at_most("cpu", size, ("numpyro",), 1.0) for size in ("tiny", "paper")),
-    _at_least("cpu", "m2", 4),
+    *(_at_least("cpu", size, 4) for size in ("m2", "m2-tiny")),
     _at_least("cpu", "belief-net", 4),
     *(_at_least("cuda", size, 10) for size in ("tiny", "paper")),
     *(_at_most("cuda", size, ("hand graph",), 1.1) for size in ("tiny", "paper")),

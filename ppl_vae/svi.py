@@ -36,9 +36,9 @@ class SVI:
     not run. Random draws are those of the eager step. What the programs read besides their
     arguments (attributes that are numbers, the training mode, tensors bound to names) is looked
     over before each step, and a change leads to a new recording; Python that has other effects,
-    such as drawing from ``random``, is noticed where it matters in the step after the recording,
-    which is computed both ways. What cannot be recorded or compiled runs eagerly, with one warning
-    that says where and why.
+    such as drawing from ``random``, is noticed where it matters, since the recording is compared
+    with an eager step; both are taken back. What cannot be recorded or compiled runs eagerly, with
+    one warning that says where and why.
 
     Args:
         model, guide: Pyro programs with the same arguments.

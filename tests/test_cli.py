@@ -120,6 +120,34 @@ def test_evaluate_prints_json_and_keeps_it(run: Path, capsys: pytest.CaptureFixt
     assert "validation: 300 rows, 5 importance samples" in capsys.readouterr().out
 
 
+def test_seeds_make_replicas_that_are_evaluated_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "replicas"
+    fit = ["fit", "vae-digits", "--out", str(folder), "--seeds", "2", "--seed", "5", *QUICK]
+    assert main([*fit, "--epochs", "1"]) == 0
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert main(["fit", "--resume", str(folder), "--epochs", "2", "--quiet"]) == 0
+    for seed in (5, 6):
+        own = folder / f"seed-{seed}"
+        assert len(Run.open(own).metrics()) == 2
+        assert (own / "figures" / "samples.png").exists()
+    start = [Run.open(folder / f"seed-{seed}").metrics()[0]["elbo"] for seed in (5, 6)]
+    assert start[0] != start[1]
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--samples", "3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    alone = [
+        json.loads((folder / f"seed-{seed}" / "evaluation-test.json").read_text())["nll"]
+        for seed in (5, 6)
+    ]
+    assert figures["seeds"] == 2
+    assert figures["mean"]["nll"] == pytest.approx(sum(alone) / 2)
+    assert figures["standard_error"]["nll"] == pytest.approx(abs(alone[0] - alone[1]) / 2)
+    assert main(["evaluate", str(folder), "--samples", "3"]) == 0
+    assert "standard error over 2 seeds" in capsys.readouterr().out
+
+
 def test_check_reports_p_values_and_saves_the_draws(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,7 +294,7 @@ def test_resume_refuses_what_would_make_another_run(
     assert main(["fit", "--resume", str(run), "--quiet", *same]) == 0
     capsys.readouterr()
     assert main(["fit", "vae-digits", "--resume", str(run)]) == 1
-    assert "give no RECIPE and no --out" in capsys.readouterr().err
+    assert "give no RECIPE, no --out and no --seeds" in capsys.readouterr().err
 
 
 # -- bad input ---------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Point(Conditional):
 
 
 def linear(
-    *, noise: bool = False, norm: bool = False, outlier: bool = False, compile: bool = False
+    *, noise: bool = False, norm: bool = False, outlier: bool = False
 ) -> ppl_vae.Experiment:
     """Rows of two latents, with a guide that draws them or, without noise, points at them."""
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def linear(
     else:
         guide = ppl_vae.Factorized(z=(Point(nn.Sequential(encoder, nn.Linear(8, 2))), ["x"]))
     data = as_dataset({"train": x[:50], "validation": x[50:]})
-    fit = {"batch_size": 7, "precision": "64-true", "learning_rate": 1e-2, "compile": compile}
+    fit = {"batch_size": 7, "precision": "64-true", "learning_rate": 1e-2, "compile": False}
     return ppl_vae.Experiment(model, guide, data, fit)
 
 
@@ -238,7 +238,7 @@ def test_with_noise_two_workers_reach_the_maximum_likelihood(
 def test_compiled_steps_of_two_workers_come_to_the_same(
     program: Path, tmp_path: Path, start: Start
 ) -> None:
-    for name, compiled in (("eager", "false"), ("compiled", "true")):
+    for name, compiled in (("eager", "no"), ("compiled", "yes")):
         more = ("--noise=true", f"--compile={compiled}", "--epochs=3")
         finish(start(2, f"{program}:linear", "--out", tmp_path / name, *more))
     eager, compiled = Run.open(tmp_path / "eager"), Run.open(tmp_path / "compiled")
