@@ -18,10 +18,11 @@ from ppl_vae.evaluation import check_measurable
 from ppl_vae.feed import Resident, Streamed
 from ppl_vae.loop import TrainingLoop
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import LinearWarmup, Training, plain_elbo
+from ppl_vae.objectives import LinearWarmup, plain_elbo
 from ppl_vae.run import Run
 from ppl_vae.sites import check_pair, read_sites
 from ppl_vae.svi import SVI, parameters
+from ppl_vae.training import Training
 from ppl_vae.workers import Alone
 
 # Fused: Adam's update is a third of a small model's step otherwise.

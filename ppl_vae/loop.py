@@ -22,10 +22,11 @@ from ppl_vae.data import Rows
 from ppl_vae.evaluation import mean_elbo
 from ppl_vae.feed import Resident, Streamed
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import Schedule, Training
+from ppl_vae.objectives import Schedule
 from ppl_vae.run import Run
 from ppl_vae.sites import paired_traces, sample_nodes
 from ppl_vae.svi import SVI, NonFiniteLoss
+from ppl_vae.training import Training
 from ppl_vae.workers import Alone
 
 

@@ -55,7 +55,7 @@ class _Answers(TorchFunctionMode):
     """Answers what objectives ask of a tensor's value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.item and _asker()[0].startswith(("pyro.infer.", "ppl_vae.objectives")):
+        if func is Tensor.item and _asker()[0].startswith("pyro.infer."):
             # A loss: a number to its reader, a tensor to the graph. A number has double precision.
             return args[0].detach().double()
         if func is Tensor.__bool__ and _asker() == (infer_util.__name__, "compute_expectation"):

@@ -18,8 +18,9 @@ from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.model import GenerativeModel
 from ppl_vae.models._template import Template
 from ppl_vae.models.ppca import PPCA
-from ppl_vae.objectives import CyclicalWarmup, LinearWarmup, Training, plain_elbo
+from ppl_vae.objectives import CyclicalWarmup, LinearWarmup, plain_elbo
 from ppl_vae.svi import SVI, parameters
+from ppl_vae.training import Training
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROWS, TOTAL = 4, 10

@@ -13,10 +13,10 @@ from ppl_vae.graphs import Graph, Untraceable, record
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP
-from ppl_vae.objectives import Training
 from ppl_vae.recorded import RecordedStep
 from ppl_vae.signature import Signature
 from ppl_vae.svi import SVI, parameters
+from ppl_vae.training import Training
 from ppl_vae.vectorized import vectorize
 
 pytestmark = pytest.mark.usefixtures("float64")

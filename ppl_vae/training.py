@@ -1,0 +1,212 @@
+"""An objective as the training loop runs it, and the plain ELBO watched besides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppl_vae.objectives import Objective, Terms, backward
+
+
+class Training:
+    """An objective as the training loop runs it: per datum, annealed, in parts, and watched.
+
+    The latents' log-probabilities are weighted from outside by ``weight``, so neither model nor
+    guide knows of annealing; ``terms`` is the unannealed ELBO, whatever the objective is. A loss
+    per datum makes the gradient's norm independent of the data's size. All that changes from step
+    to step is held in tensors, so that a recorded step follows it.
+
+    Args:
+        objective: the estimator that is optimized; linear in log-probabilities, or their scale
+            would change what it is.
+        total: size of the data set; log-probabilities are divided by it.
+        autocast: gives a context for the programs' runs, such as Fabric's ``autocast``; densities
+            are taken outside it, in full precision.
+        annealed: whether ``weight`` will be set; else it is 1, and costs nothing.
+        parts: a batch is run in so many parts, whose gradients add up: with less memory, to the
+            same mean.
+        device, dtype: of the programs.
+
+    Attributes:
+        totals: sums over all rows run so far of reconstruction, KL, and 1: ``(3,)``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        total: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        *,
+        annealed: bool = True,
+        parts: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.objective = objective
+        self.total = total
+        self.autocast = autocast
+        self.parts = parts
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self._weight = torch.ones((), dtype=dtype, device=device) if annealed else None
+
+    @property
+    def weight(self) -> float:
+        """Weight of the latents' log-probabilities."""
+        return 1.0 if self._weight is None else self._weight.item()
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if self._weight is None:
+            raise ValueError("an objective that is not annealed has weight 1: Training(annealed=)")
+        self._weight.fill_(weight)
+
+    @property
+    def terms(self) -> Terms:
+        """The mean over the rows run so far."""
+        reconstruction, kl, rows = self.totals
+        return Terms(reconstruction / rows, kl / rows)
+
+    def forget(self) -> None:
+        """Begin the mean of ``terms`` anew."""
+        self.totals.zero_()
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return self._run(backward, model, guide, args, kwargs)
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        def loss(objective: Objective, *args: Any, **kwargs: Any) -> Any:
+            return objective.loss(*args, **kwargs)
+
+        return self._run(loss, model, guide, args, kwargs)
+
+    def _run(
+        self,
+        how: Callable[..., Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        some = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        loss: Any = 0.0
+        for part in range(self.parts):
+            own_args = tuple(_part(value, part, self.parts) for value in args)
+            own_kwargs = {k: _part(value, part, self.parts) for k, value in kwargs.items()}
+            size = len(_part(some, part, self.parts))
+            if size == 0:
+                continue
+            share = size / len(some) / self.total
+            latent = share if self._weight is None else share * self._weight
+            scale = _Scale(observed=share, latent=latent)
+            watch = _Watch(self.autocast)
+            watched = watch.of_model(scale(model)), watch.of_guide(scale(guide))
+            loss = loss + how(self.objective, *watched, *own_args, **own_kwargs)
+            terms = watch.terms(self.total)
+            new = (terms.reconstruction, terms.kl, torch.ones(()))
+            self.totals += size * torch.stack([x.to(self.totals) for x in new])
+        return loss
+
+
+def _part(value: Any, part: int, parts: int) -> Any:
+    return value.tensor_split(parts)[part] if isinstance(value, Tensor) and parts > 1 else value
+
+
+class _Scale(Messenger):
+    """Weights the log-probabilities of observed and of latent sites."""
+
+    def __init__(self, observed: float, latent: float | Tensor) -> None:
+        super().__init__()
+        self.observed = observed
+        self.latent = latent
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * (self.observed if msg["is_observed"] else self.latent)
+
+
+class _Watch:
+    """Sums log-probabilities of the runs that an estimator makes of a pair.
+
+    An estimator's own traces are not to be had from outside, so each site's density is taken
+    once more, without gradients.
+    """
+
+    def __init__(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.autocast = autocast
+        self.runs = 0
+        self.enumerated = False
+        self.observed: Tensor | float = 0.0
+        self.latent: Tensor | float = 0.0  # log p - log q of the latents
+
+    def of_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.runs += 1
+            with _Listen(self._hear_model), self.autocast():
+                return model(*args, **kwargs)
+
+        return watched
+
+    def of_guide(self, guide: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with _Listen(self._hear_guide), self.autocast():
+                return guide(*args, **kwargs)
+
+        return watched
+
+    def _hear_model(self, msg: Any) -> None:
+        self.enumerated |= bool(msg["infer"].get("enumerate"))
+        if msg["is_observed"]:
+            self.observed = self.observed + log_prob_sum(msg)
+        else:
+            self.latent = self.latent + log_prob_sum(msg)
+
+    def _hear_guide(self, msg: Any) -> None:
+        self.latent = self.latent - log_prob_sum(msg)
+
+    def terms(self, total: int) -> Terms:
+        if self.enumerated:
+            # The sum over an enumerated site's values needs their weights, which are not heard.
+            return Terms(torch.tensor(math.nan), torch.tensor(math.nan))
+        runs = max(self.runs, 1) * total
+        return Terms(torch.as_tensor(self.observed) / runs, -torch.as_tensor(self.latent) / runs)
+
+
+class _Listen(Messenger):
+    def __init__(self, hear: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.hear = hear
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            self.hear(msg)
+
+
+def log_prob_sum(node: Any) -> Tensor:
+    """Log-probability of a site, scaled up by its plates but by nothing else; particles are
+    averaged. Without gradients."""
+    with torch.no_grad():
+        log_prob = node["fn"].log_prob(node["value"])
+        if node["mask"] is not None:
+            log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
+        scale = 1.0
+        for frame in node["cond_indep_stack"]:
+            if frame.name == _PARTICLES:
+                scale /= frame.size
+            elif frame.full_size != frame.size:
+                scale *= frame.full_size / frame.size
+        return scale * log_prob.sum()
+
+
+_PARTICLES = "num_particles_vectorized"
+"""Pyro's name for the plate of vectorized particles."""
