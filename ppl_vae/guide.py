@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
-from ppl_vae.conditionals import join
+from ppl_vae.conditionals import constrained, join, unconstrain
 from ppl_vae.model import GenerativeModel, Program, by_name, own_parameters
 from ppl_vae.nn import width_of
 from ppl_vae.sites import PairError, Site, aside, read_sites
@@ -193,6 +193,59 @@ class AmortizedGuide(Program):
                 f"found {', '.join(self.local_sites) or 'none'}"
             )
         return next(iter(self.local_sites.values()))
+
+
+class SiteBySite(AmortizedGuide):
+    """A guide that draws each local site from a conditional of its own, one after the other.
+
+        q(z1, z2, ... | x) = q(z1 | x) q(z2 | x, z1) ...
+
+    To implement: ``head``. A conditional draws a site's unconstrained coordinates, which are moved
+    onto its support. Its context is the encoder's features and, where ``autoregressive``, the
+    coordinates of the sites before.
+
+    Attributes:
+        heads: the conditional of each site.
+        autoregressive: whether sites are conditioned on those drawn before them.
+    """
+
+    autoregressive = True
+
+    @abstractmethod
+    def head(self, size: int, context: int) -> nn.Module:
+        """A conditional of ``(..., context)`` with event ``(size,)``.
+
+        With several sites its context comes as several tensors, to be joined.
+        """
+
+    def build(self) -> None:
+        self.heads = nn.ModuleDict()
+        context = self.features
+        for name, site in self.local_sites.items():
+            size = unconstrained_size(site)
+            self.heads[name] = self.head(size, context)
+            context += size if self.autoregressive else 0
+
+    def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:
+        context = [features]
+        for name, site in self.local_sites.items():
+            value = given.get(name)
+            if value is None:
+                value = pyro.sample(name, self._site_dist(site, *context))
+            if self.autoregressive:
+                context.append(unconstrain(value, site.support, site.event_shape))
+
+    def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
+        """q(z | x) of the one local site, ``(rows,)`` of its event.
+
+        Raises:
+            TypeError: the model has several local sites.
+        """
+        site = self.only_site()
+        return self._site_dist(site, self.encode(by_name(self.names, args, kwargs)))
+
+    def _site_dist(self, site: Site, *context: Tensor) -> TorchDistribution:
+        return constrained(self.heads[site.name](*context), site.support, site.event_shape)
 
 
 def unconstrained_size(site: Site) -> int:
