@@ -66,11 +66,14 @@ class GenerativeModel(Program):
 
     The docstring *is* the story, one line a site: ``z_n ~ prior  # comment  data | Z``, where
     ``data`` names the site's plates and ``Z`` its event shape in symbols that mean the same size
-    throughout. To implement:
+    throughout. One line may stand for all levels of a hierarchy, from the top down:
+    ``z{l}_n ~ level(z{l+1}_n)  # level l = L..1  data | Z_l`` for sites z3, z2, z1. To implement:
 
     - ``forward(self, x=None, ..., *, n=None, total=None)``: arguments are the observable sites,
       by site name; one that is None is latent. Rows stand in ``self.rows(x, n=n, total=total)``.
-    - a method ``<site>_dist`` for each site, that returns its ``Distribution``.
+    - a method ``<site>_dist`` for each site, that returns its ``Distribution``; its arguments are
+      sites by name, those that it depends on. For levels, ``z_dist(level, *above)``, where a
+      starred argument takes all levels drawn before, the top first.
     - ``toy()``, for a model of the zoo: a small instance, on which the contract tests run.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, Self
 
@@ -133,6 +134,7 @@ model_names = pytest.mark.parametrize("name", MODELS)
 pairs = pytest.mark.parametrize(("model_name", "guide_name"), PAIRS)
 
 Pair = tuple[GenerativeModel, AmortizedGuide, dict[str, Tensor]]
+Line = tuple[str, str, str, str]  # of a story: site, index, plate, event shape
 
 
 def build(model_name: str, guide_name: str) -> Pair:
@@ -164,15 +166,42 @@ def log_joint(model: GenerativeModel, values: dict[str, Tensor], **kwargs: Any) 
 # -- models ------------------------------------------------------------------------------------
 
 
+def by_level(story: list[Line], sites: dict[str, Site]) -> Iterator[Line]:
+    """A story in which a line for all levels, such as ``z{l}``, stands once for each of them."""
+    for name, index, plate, symbols in story:
+        if (levels := re.fullmatch(r"(\w+){(\w)}", name)) is None:
+            yield name, index, plate, symbols
+            continue
+        stem, letter = levels.groups()
+        count = sum(re.fullmatch(rf"{stem}\d+", site) is not None for site in sites)
+        for level in range(count, 0, -1):
+            own = re.sub(rf"_{letter}\b", f"_{level}", symbols)
+            yield f"{stem}{level}", index, plate, own
+
+
+def context_of(name: str, method: Callable[..., Any], drawn: dict[str, Tensor]) -> list[Any]:
+    """The arguments of a site's method, by their names, from the sites drawn before."""
+    context: list[Any] = []
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            context += [z for site, z in drawn.items() if site[-1].isdigit()]
+        elif parameter.name == "level":
+            context.append(int(re.sub(r"\D", "", name)))
+        else:
+            context.append(drawn[parameter.name])
+    return context
+
+
 @model_names
 def test_story_says_which_plates_and_shapes_the_sites_have(name: str) -> None:
     model = MODELS[name].toy()
-    story = re.findall(
-        r"^ *(\w+?)(_n)? +~ [^#]+# +\S[^|]*?(\w+)? *\| *([^\n]*)$",
+    lines: list[Line] = re.findall(
+        r"^ *(\w+?(?:{\w})?)(_n)? +~ [^#]+# +\S[^|]*?(\w+)? *\| *([^\n]*)$",
         inspect.getdoc(model) or "",
         re.M,
     )
     sites = read_sites(model, n=N)
+    story = list(by_level(lines, sites))
     assert [line[0] for line in story] == list(sites), "one line a site, in the order of sampling"
     sizes: dict[str, int] = {}
     for site_name, index, plate, symbols in story:
@@ -191,13 +220,15 @@ def test_each_site_has_a_method_that_returns_its_distribution(name: str) -> None
     model = MODELS[name].toy()
     with own_parameters(model):
         trace = poutine.trace(model).get_trace(n=N)
-    nodes = dict(sample_nodes(trace))
-    for site_name, node in nodes.items():
-        method = getattr(model, f"{site_name}_dist")
-        given = [nodes[parent]["value"] for parent in inspect.signature(method).parameters]
+    drawn: dict[str, Tensor] = {}
+    for site_name, node in sample_nodes(trace):
+        stem = site_name.rstrip("0123456789")  # one method may serve all levels
+        method = getattr(model, f"{site_name}_dist", None) or getattr(model, f"{stem}_dist")
+        again = method(*context_of(site_name, method, drawn))
         torch.testing.assert_close(
-            method(*given).log_prob(node["value"]), node["fn"].log_prob(node["value"])
+            again.log_prob(node["value"]), node["fn"].log_prob(node["value"])
         )
+        drawn[site_name] = node["value"]
 
 
 @model_names
