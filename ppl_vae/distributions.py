@@ -7,7 +7,12 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.utils import broadcast_all
+from torch.nn.functional import logsigmoid
 
 
 class CholeskyNormal(dist.MultivariateNormal):
@@ -48,3 +53,112 @@ class CholeskyNormal(dist.MultivariateNormal):
 
     def _log_det(self) -> Tensor:
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+class DiscretizedLogistic(TorchDistribution):
+    """A logistic distribution, rounded: the levels 0, 1, ..., ``levels - 1`` as floats.
+
+    Level k stands for the number ``2 k / (levels - 1) - 1`` in [-1, 1], and for the interval around
+    it up to the middle between neighbors; the first and the last level take the tails. Source:
+    Salimans et al. 2017 (arXiv:1701.05517), eq. 2. A level's probability is computed as
+
+        F(b) - F(a) = F(b) F(-a) (1 - exp(a - b)),    F the logistic function, a < b,
+
+    whose logarithm loses no digits wherever the interval lies, so that no approximation by a
+    density is needed.
+
+    Shapes: ``loc`` and ``scale`` broadcast to the batch shape; event ``()``.
+
+    Args:
+        loc, scale: of the logistic, in the unit of [-1, 1]; scale positive.
+        levels: at least 2.
+    """
+
+    arg_constraints: dict[str, Constraint] = {  # noqa: RUF012
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    has_rsample = False
+
+    def __init__(
+        self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None
+    ) -> None:
+        self.loc, self.scale = broadcast_all(loc, scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Constraint:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return constraints.integer_interval(0, self.levels - 1)
+
+    @property
+    def width(self) -> float:
+        """Of the interval that a level stands for."""
+        return 2 / (self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        # One level after the other: all together would be ``levels`` times the batch in memory.
+        mean = torch.zeros_like(self.loc)
+        for level in range(1, self.levels):
+            mean = mean + torch.sigmoid((self.loc - self._lower(level)) / self.scale)
+        return mean
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiscretizedLogistic:
+        expanded = DiscretizedLogistic(
+            self.loc.expand(batch_shape),
+            self.scale.expand(batch_shape),
+            self.levels,
+            validate_args=False,
+        )
+        expanded._validate_args = self._validate_args
+        return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        below = (self._lower(value) - self.loc) / self.scale
+        width = self.width / self.scale
+        # Each term is finite at every level, so that where() passes on no nan gradient.
+        zero = torch.zeros_like(below)
+        is_first, is_last = value <= 0, value >= self.levels - 1
+        inside = torch.where(is_first | is_last, zero, torch.log(-torch.expm1(-width)))
+        left = torch.where(is_last, zero, logsigmoid(below + width))
+        right = torch.where(is_first, zero, logsigmoid(-below))
+        return left + right + inside
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            shape = self._extended_shape(torch.Size(sample_shape))
+            uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
+            eps = torch.finfo(self.loc.dtype).tiny
+            drawn = self.loc + self.scale * torch.logit(uniform, eps=eps)
+            return ((drawn + 1) / self.width).round().clamp(0, self.levels - 1)
+
+    def _lower(self, level: Tensor | float) -> Any:
+        """The lower end of a level's interval."""
+        return (level - 0.5) * self.width - 1
+
+
+class DiscretizedLogisticMixture(dist.MixtureSameFamily):
+    """A mixture of :class:`DiscretizedLogistic`, over the last dim of its batch."""
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Constraint:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.component_distribution.support
+
+
+class CategoricalLevels(dist.Categorical):
+    """A categorical over numbers instead of names: floats 0, 1, ..., K - 1, which have a mean."""
+
+    @property
+    def mean(self) -> Tensor:
+        levels = torch.arange(self.probs.shape[-1], dtype=self.probs.dtype).to(self.probs.device)
+        return (self.probs * levels).sum(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        return super().mode.to(self.probs.dtype)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).to(self.probs.dtype)

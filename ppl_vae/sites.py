@@ -248,6 +248,10 @@ def _outside(support: Constraint, values: Tensor) -> tuple[int, float]:
 
 
 def _remedy(family: str) -> str:
+    levels = (
+        "Expected whole numbers from 0 to levels - 1: for bytes, 256 levels and "
+        "dataclasses.replace(dataset, unit=1.0)."
+    )
     return {
         "Bernoulli": (
             'Binarize the data (binarize="dynamic" or "static"), or take another likelihood, '
@@ -255,6 +259,9 @@ def _remedy(family: str) -> str:
         ),
         "Binomial": "Expected whole numbers from 0 to total_count.",
         "ContinuousBernoulli": "Expected numbers from 0 to 1: divide by the largest value.",
+        "DiscretizedLogistic": levels,
+        "DiscretizedLogisticMixture": levels,
+        "CategoricalLevels": levels,
     }.get(family, "Take another likelihood, or change the data.")
 
 

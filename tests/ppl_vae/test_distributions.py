@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
 from ppl_vae.conditionals import constrained
-from ppl_vae.distributions import CholeskyNormal
+from ppl_vae.distributions import (
+    CategoricalLevels,
+    CholeskyNormal,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+)
 
 
 @pytest.fixture
@@ -92,3 +101,62 @@ def test_autocast_does_not_part_a_draw_from_its_density(factor: Tensor) -> None:
         draw = q.rsample()
     exact = dist.MultivariateNormal(torch.zeros(4, 3), scale_tril=factor.float())
     torch.testing.assert_close(q.log_prob(draw), exact.log_prob(draw), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loc", [-0.9, 0.0, 0.3])
+@pytest.mark.parametrize("scale", [0.001, 0.01, 0.5, 300.0])
+def test_a_levels_probability_keeps_its_digits_in_both_tails(
+    dtype: torch.dtype, loc: float, scale: float
+) -> None:
+    """scipy's differences keep theirs left of the location; the right is the left, mirrored."""
+    loc = torch.tensor(loc, dtype=dtype).item()
+    inner = np.arange(1, 255)
+    edges = 2 * (inner[None] + np.array([[-0.5], [0.5]])) / 255 - 1
+    with np.errstate(divide="ignore"):
+        low, high = scipy.stats.logistic.logcdf(edges, loc, scale)
+        mirrored = scipy.stats.logistic.logcdf(-edges[::-1], -loc, scale)
+        exact = np.where(
+            2 * inner / 255 - 1 < loc,
+            high + np.log1p(-np.exp(low - high)),
+            mirrored[1] + np.log1p(-np.exp(mirrored[0] - mirrored[1])),
+        )
+    ours = DiscretizedLogistic(
+        torch.tensor(loc, dtype=dtype), torch.tensor(scale, dtype=dtype), levels=256
+    ).log_prob(torch.from_numpy(inner).to(dtype))
+    assert exact.min() < -90 or scale > 0.01
+    rtol = {torch.float32: 1e-4, torch.float64: 1e-8}[dtype]
+    torch.testing.assert_close(ours.double(), torch.from_numpy(exact), rtol=rtol, atol=1e-6)
+
+
+def levels(batch: tuple[int, ...]) -> list[dist.TorchDistribution]:
+    parts = torch.randn(2, *batch, 4), torch.rand(*batch, 4) + 0.01, torch.randn(*batch, 4)
+    (loc, logits), scale, _ = parts
+    return [
+        DiscretizedLogistic(loc[..., 0], scale[..., 0], 16),
+        DiscretizedLogisticMixture(
+            dist.Categorical(logits=logits), DiscretizedLogistic(loc, scale, 16)
+        ),
+        CategoricalLevels(logits=logits),
+    ]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_distributions_of_levels_expand_and_copy(index: int) -> None:
+    torch.manual_seed(0)
+    family = levels((3, 1))[index]
+    wide = copy.deepcopy(family.expand(torch.Size([5, 3, 2])))
+    assert type(wide) is type(family)
+    draw = wide.sample(torch.Size([7]))
+    assert (draw.shape, draw.dtype, draw.requires_grad) == ((7, 5, 3, 2), torch.float32, False)
+    assert wide.support.is_discrete  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(wide.log_prob(draw), family.log_prob(draw))
+    torch.testing.assert_close(wide.mean, family.mean.expand(5, 3, 2))
+    assert not wide.has_rsample
+    with pytest.raises(ValueError, match="within the support"):
+        wide.log_prob(draw + 0.5)
+
+
+def test_levels_mode_is_the_most_probable_one() -> None:
+    family = CategoricalLevels(logits=torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]))
+    torch.testing.assert_close(family.mode, torch.tensor([1.0, 0.0]))
