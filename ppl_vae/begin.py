@@ -18,7 +18,7 @@ from ppl_vae.evaluation import check_measurable
 from ppl_vae.feed import Resident, Streamed
 from ppl_vae.loop import TrainingLoop
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import LinearWarmup, plain_elbo
+from ppl_vae.objectives import LinearWarmup, RowObjective, plain_elbo
 from ppl_vae.run import Run
 from ppl_vae.sites import check_pair, read_sites
 from ppl_vae.svi import SVI, parameters
@@ -65,17 +65,16 @@ def begin(
     check_pair(model, guide, **example, total=len(train))
     warmup = given["warmup"]
     warmup = LinearWarmup(warmup) if isinstance(warmup, int | float) else warmup
-    annealed = warmup.ends > 0
     training = Training(
         given["objective"] or plain_elbo(model, guide, **example),
         len(train),
         fabric.autocast,
-        annealed=annealed,
+        warmup=warmup,
         parts=given["accumulate"],
         device=fabric.device,
         dtype=dtype,
     )
-    held = parameters(model, guide)
+    held = parameters(model, guide, *([] if training.state is None else [training.state]))
     if not held:
         raise ValueError(f"{type(model).__name__} and its guide have nothing to learn")
     optimizer = OPTIMIZERS[given["optimizer"]](held, given["learning_rate"], given["weight_decay"])
@@ -123,8 +122,6 @@ def begin(
         epochs=given["epochs"],
         batch_size=batch_size,
         seed=seed,
-        warmup=warmup,
-        annealed=annealed,
         patience=given["patience"],
         checkpoint_seconds=given["checkpoint_seconds"],
         run=run,
@@ -154,7 +151,9 @@ def described(value: Any) -> Any:
     """A setting as ``run.json`` holds it: as it is, or by what it is called."""
     if isinstance(value, bool | int | float | str | None):
         return value
-    return repr(value) if is_dataclass(value) else getattr(value, "__qualname__", str(type(value)))
+    if is_dataclass(value) or isinstance(value, RowObjective):
+        return repr(value)
+    return getattr(value, "__qualname__", str(type(value)))
 
 
 def _reopen(folder: str | Path, about: Mapping[str, Any]) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def fit(
         out: folder of the run; None keeps nothing on disk. It must not hold another run.
         resume: go on with the run in ``out``, to the same bits as if it had never stopped (same
             machine, same arguments; more epochs may be asked for, but not with "cosine").
-        objective: what is maximized; None takes :func:`ppl_vae.objectives.plain_elbo`.
+        objective: what is maximized; None takes :func:`ppl_vae.objectives.plain_elbo`. What it
+            learns itself (a discriminator) is trained in the same step; replicas have copies.
         optimizer: "adam", "adamw" or "adamax".
         learning_rate, weight_decay: of the optimizer, for a loss in nats per datum.
         schedule: of the learning rate, a step an epoch: "cosine" (to 0 at the last epoch),
@@ -186,7 +188,7 @@ def fit(
             begin(
                 *pair,
                 dataset,
-                settings,
+                settings if seeds is None else _own_objective(settings),
                 seed=seed + number,
                 out=folder,
                 fabric=fabric,
@@ -269,10 +271,16 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"objective={type(given['objective']).__name__}: it weighs a batch as a whole, where a "
             "row needs weights of its own, and is not linear in log-probabilities, which fit "
-            "divides by the number of rows; run it with ppl_vae.SVI, or take another objective"
+            "divides by the number of rows; take ppl_vae.objectives.IWAE or DReG, or run it with "
+            "ppl_vae.SVI"
         )
     if given["resume"] and given["out"] is None:
         raise ValueError("resume=True: give out=, the folder of the run to go on with")
+
+
+def _own_objective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with a copy of the objective, whose state a replica does not share."""
+    return {**settings, "objective": copy.deepcopy(settings["objective"])}
 
 
 def torch_device(device: str) -> str:

@@ -22,7 +22,6 @@ from ppl_vae.data import Rows
 from ppl_vae.evaluation import mean_elbo
 from ppl_vae.feed import Resident, Streamed
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import Schedule
 from ppl_vae.run import Run
 from ppl_vae.sites import paired_traces, sample_nodes
 from ppl_vae.svi import SVI, NonFiniteLoss
@@ -48,8 +47,6 @@ class TrainingLoop:
     epochs: int
     batch_size: int
     seed: int
-    warmup: Schedule
-    annealed: bool
     patience: int | None
     checkpoint_seconds: float
     run: Run | None  # the first worker's
@@ -119,10 +116,10 @@ class TrainingLoop:
         """A step on the one batch given. Returns its loss."""
         return [self.workers.step(self.svi, batch) for batch in batches]
 
-    def anneal(self) -> None:
-        """Set the weight of the KL for the step to come."""
-        if self.annealed:
-            self.training.weight = self._weight(self.batch)
+    def anneal(self, batch: int | None = None) -> None:
+        """Set the objective for the step to come, or for another one of the epoch."""
+        batch = self.batch if batch is None else batch
+        self.training.at(self.epoch + batch / self.batches)
 
     def taken(self, loss: Any) -> None:
         """Note a step and its loss."""
@@ -160,9 +157,6 @@ class TrainingLoop:
         culprit = _culprit(self.model, self.guide, batch)
         self._stop(f"the loss is {values[int(bad[0])].item()}; {culprit}")
 
-    def _weight(self, batch: int) -> float:
-        return self.warmup(self.epoch + batch / self.batches)
-
     def end_epoch(self) -> dict[str, float]:
         self._check_losses()
         self.workers.add_up(self.training.totals)
@@ -173,7 +167,7 @@ class TrainingLoop:
             "reconstruction": terms.reconstruction.item(),
             "kl": terms.kl.item(),
         }
-        weight = self._weight(self.batches - 1)
+        self.anneal(self.batches - 1)  # an interrupted epoch may have no step left
         self.epoch, self.batch = self.epoch + 1, 0
         self.training.forget()
         validation_elbo = None
@@ -187,13 +181,13 @@ class TrainingLoop:
                 "validation_reconstruction": float(terms.reconstruction),
                 "validation_kl": float(terms.kl),
             }
-            if self.epoch >= self.warmup.ends and validation_elbo > self.best_elbo:
+            if self.epoch >= self.training.ends and validation_elbo > self.best_elbo:
                 self.best_elbo, self.best_epoch = validation_elbo, self.epoch
                 if self.patience is not None:
                     held = weights(self.model, self.guide)
                     self.best = {name: tensor.clone() for name, tensor in held.items()}
         row |= {
-            "weight": weight,
+            "weight": self.training.weight,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds,
         }
@@ -211,7 +205,7 @@ class TrainingLoop:
     def _out_of_patience(self) -> bool:
         if self.patience is None:
             return False
-        return self.epoch - max(self.best_epoch, self.warmup.ends) >= self.patience
+        return self.epoch - max(self.best_epoch, self.training.ends) >= self.patience
 
     # -- on disk -------------------------------------------------------------------------------
 
@@ -243,7 +237,9 @@ class TrainingLoop:
             return
         if self.best is not None:
             self.run.save_as("best", self.best, {"epoch": self.best_epoch, "elbo": self.best_elbo})
-        tensors = dict(weights(self.model, self.guide))
+        tensors = weights(self.model, self.guide)
+        if (own := self.training.state) is not None:
+            tensors |= {f"objective.{name}": value for name, value in own.state_dict().items()}
         optimizer = self.optimizer.state_dict()
         for index, slots in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
@@ -273,6 +269,8 @@ class TrainingLoop:
         """Go on from a checkpoint, which any number of workers can have left."""
         state, tensors = checkpoint.state, checkpoint.tensors
         load_weights(self.model, self.guide, tensors)
+        if (own := self.training.state) is not None:
+            own.load_state_dict({name: tensors[f"objective.{name}"] for name in own.state_dict()})
         slots: dict[int, dict[str, Tensor]] = {}
         owns: dict[int, dict[str, Tensor]] = {}  # by worker
         for name, tensor in tensors.items():

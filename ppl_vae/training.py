@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
-from ppl_vae.objectives import Objective, Terms, backward
+from ppl_vae.objectives import Objective, RowObjective, Schedule, Terms, backward
+from ppl_vae.objectives.rows import PARTICLES
 
 
 class Training:
@@ -24,12 +25,13 @@ class Training:
     to step is held in tensors, so that a recorded step follows it.
 
     Args:
-        objective: the estimator that is optimized; linear in log-probabilities, or their scale
-            would change what it is.
+        objective: the estimator that is optimized: a :class:`RowObjective`, or one that is linear
+            in log-probabilities, or their scale would change what it is.
         total: size of the data set; log-probabilities are divided by it.
         autocast: gives a context for the programs' runs, such as Fabric's ``autocast``; densities
             are taken outside it, in full precision.
-        annealed: whether ``weight`` will be set; else it is 1, and costs nothing.
+        warmup: of ``weight``, set by ``at``; one that ends at once costs nothing. None: ``weight``
+            is set by hand.
         parts: a batch is run in so many parts, whose gradients add up: with less memory, to the
             same mean.
         device, dtype: of the programs.
@@ -44,7 +46,7 @@ class Training:
         total: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         *,
-        annealed: bool = True,
+        warmup: Schedule | None = None,
         parts: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -54,7 +56,11 @@ class Training:
         self.autocast = autocast
         self.parts = parts
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
-        self._weight = torch.ones((), dtype=dtype, device=device) if annealed else None
+        self.warmup = warmup
+        weighted = warmup is None or warmup.ends > 0
+        self._weight = torch.ones((), dtype=dtype, device=device) if weighted else None
+        if (state := self.state) is not None:
+            state.to(device, dtype)
 
     @property
     def weight(self) -> float:
@@ -64,8 +70,26 @@ class Training:
     @weight.setter
     def weight(self, weight: float) -> None:
         if self._weight is None:
-            raise ValueError("an objective that is not annealed has weight 1: Training(annealed=)")
+            raise ValueError("without a warm-up the weight is 1: Training(warmup=)")
         self._weight.fill_(weight)
+
+    @property
+    def state(self) -> nn.Module | None:
+        """What the objective itself learns, or changes over training."""
+        return self.objective.state if isinstance(self.objective, RowObjective) else None
+
+    @property
+    def ends(self) -> float:
+        """The epoch from which the objective stays as it is."""
+        ends = 0.0 if self.warmup is None else self.warmup.ends
+        return max(ends, self.objective.ends) if isinstance(self.objective, RowObjective) else ends
+
+    def at(self, epoch: float) -> None:
+        """Take up the point of training, in epochs from its start (fractions count)."""
+        if self.warmup is not None and self._weight is not None:
+            self.weight = self.warmup(epoch)
+        if isinstance(self.objective, RowObjective):
+            self.objective.at(epoch)
 
     @property
     def terms(self) -> Terms:
@@ -144,14 +168,15 @@ class _Watch:
 
     def __init__(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self.autocast = autocast
-        self.runs = 0
+        self.model_runs = self.guide_runs = 0
         self.enumerated = False
         self.observed: Tensor | float = 0.0
-        self.latent: Tensor | float = 0.0  # log p - log q of the latents
+        self.log_p: Tensor | float = 0.0  # of the latents
+        self.log_q: Tensor | float = 0.0
 
     def of_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.runs += 1
+            self.model_runs += 1
             with _Listen(self._hear_model), self.autocast():
                 return model(*args, **kwargs)
 
@@ -159,6 +184,7 @@ class _Watch:
 
     def of_guide(self, guide: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            self.guide_runs += 1
             with _Listen(self._hear_guide), self.autocast():
                 return guide(*args, **kwargs)
 
@@ -169,17 +195,21 @@ class _Watch:
         if msg["is_observed"]:
             self.observed = self.observed + log_prob_sum(msg)
         else:
-            self.latent = self.latent + log_prob_sum(msg)
+            self.log_p = self.log_p + log_prob_sum(msg)
 
     def _hear_guide(self, msg: Any) -> None:
-        self.latent = self.latent - log_prob_sum(msg)
+        self.log_q = self.log_q + log_prob_sum(msg)
 
     def terms(self, total: int) -> Terms:
         if self.enumerated:
             # The sum over an enumerated site's values needs their weights, which are not heard.
             return Terms(torch.tensor(math.nan), torch.tensor(math.nan))
-        runs = max(self.runs, 1) * total
-        return Terms(torch.as_tensor(self.observed) / runs, -torch.as_tensor(self.latent) / runs)
+        # A guide may be run again on the same draws, to score them.
+        log_p, observed = (
+            torch.as_tensor(x) / self.model_runs for x in (self.log_p, self.observed)
+        )
+        kl = torch.as_tensor(self.log_q) / self.guide_runs - log_p
+        return Terms(observed / total, kl / total)
 
 
 class _Listen(Messenger):
@@ -201,12 +231,8 @@ def log_prob_sum(node: Any) -> Tensor:
             log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
         scale = 1.0
         for frame in node["cond_indep_stack"]:
-            if frame.name == _PARTICLES:
+            if frame.name == PARTICLES:
                 scale /= frame.size
             elif frame.full_size != frame.size:
                 scale *= frame.full_size / frame.size
         return scale * log_prob.sum()
-
-
-_PARTICLES = "num_particles_vectorized"
-"""Pyro's name for the plate of vectorized particles."""

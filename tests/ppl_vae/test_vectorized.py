@@ -30,7 +30,7 @@ def replicas(data: Tensor) -> list[SVI]:
         model = VAE.toy()
         guide = MeanField(model, MLP(data.shape[1], 4), x=data[:2])
         optimizer = torch.optim.Adam(parameters(model, guide), 1e-2, fused=True)
-        training = Training(Trace_ELBO(), ROWS, annealed=True)
+        training = Training(Trace_ELBO(), ROWS)
 
         def feed(numbers: Tensor) -> dict[str, Any]:
             return {"x": data[numbers], "total": ROWS}

@@ -1,0 +1,132 @@
+"""ELBOs whose KL is weighted, steered or bounded from below."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ppl_vae.objectives.rows import RowObjective, RowTerms
+
+
+class Beta(RowObjective):
+    """The ELBO with its KL times ``beta`` (Higgins et al. 2017, eq. 4).
+
+        E_q log p(x | z) - beta KL(q(z | x) || p(z))
+
+    A warm-up of ``fit`` multiplies beta.
+
+    Raises:
+        ValueError: beta below 0, or draws below 1.
+    """
+
+    def __init__(self, beta: float, draws: int = 1) -> None:
+        super().__init__(draws)
+        if not beta >= 0:
+            raise ValueError(f"Beta({beta}): expected a weight of at least 0")
+        self.beta = beta
+
+    def loss_of(self, terms: RowTerms) -> Tensor:
+        bound = terms.reconstruction - self.beta * terms.weighted_kl()
+        return -terms.sum(bound) - terms.shared
+
+    def settings(self) -> dict[str, Any]:
+        return {"beta": self.beta, "draws": self.draws}
+
+
+class Capacity(RowObjective):
+    """The KL held at a capacity that grows over training (Burgess et al. 2018, arXiv:1804.03599,
+    eq. 8).
+
+        E_q log p(x | z) - gamma |KL(q(z | x) || p(z)) - C|
+
+    C rises in a straight line from 0 to ``nats`` over ``epochs``, then stays; the KL is that of a
+    row. It replaces a warm-up.
+
+    Args:
+        nats: the last C.
+        epochs: over which it is reached; 0 begins with it.
+        gamma: weight of the distance.
+
+    Raises:
+        ValueError: a negative number, or draws below 1.
+    """
+
+    def __init__(self, nats: float, epochs: float, gamma: float = 100.0, draws: int = 1) -> None:
+        super().__init__(draws)
+        if not (nats >= 0 and epochs >= 0 and gamma >= 0):
+            raise ValueError(f"{self._called(nats, epochs, gamma)}: expected numbers of at least 0")
+        self.nats, self.ends, self.gamma = nats, epochs, gamma
+        # In a tensor, which a recorded step follows.
+        self.state = nn.Module()
+        self.state.register_buffer("capacity", torch.zeros(()))
+        self.at(0.0)
+
+    @property
+    def capacity(self) -> Tensor:
+        """C, in nats a row."""
+        assert self.state is not None
+        return self.state.get_buffer("capacity")
+
+    def at(self, epoch: float) -> None:
+        share = min(1.0, epoch / self.ends) if self.ends > 0 else 1.0
+        self.capacity.fill_(self.nats * share)
+
+    def loss_of(self, terms: RowTerms) -> Tensor:
+        distance = (terms.weighted_kl() - self.capacity).abs()
+        return -terms.sum(terms.reconstruction - self.gamma * distance) - terms.shared
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "nats": self.nats,
+            "epochs": self.ends,
+            "gamma": self.gamma,
+            "draws": self.draws,
+        }
+
+    @staticmethod
+    def _called(nats: float, epochs: float, gamma: float) -> str:
+        return f"Capacity(nats={nats}, epochs={epochs}, gamma={gamma})"
+
+
+class FreeBits(RowObjective):
+    """The ELBO whose KL counts as at least ``nats`` in each group of latents (Kingma et al. 2016,
+    arXiv:1606.04934, eq. 15).
+
+        E_q log p(x | z) - sum_groups max(nats, mean over the batch of KL_group)
+
+    A group is a coordinate ("latent": diagonal normals only), a site ("site"), or all latents of a
+    row together ("all": a minimum of the whole KL).
+
+    Raises:
+        ValueError: another ``per``, negative nats, or draws below 1.
+    """
+
+    def __init__(
+        self, nats: float, per: Literal["latent", "site", "all"] = "latent", draws: int = 1
+    ) -> None:
+        super().__init__(draws)
+        if not nats >= 0 or per not in ("latent", "site", "all"):
+            raise ValueError(
+                f"FreeBits(nats={nats}, per={per!r}): expected nats of at least 0, and per of "
+                "'latent', 'site' or 'all'"
+            )
+        self.nats, self.per = nats, per
+
+    def loss_of(self, terms: RowTerms) -> Tensor:
+        kl = torch.zeros_like(terms.shared)
+        for name, weight in terms.weights.items():
+            if self.per == "latent":
+                kl = kl + weight * self._floored(terms.mean(terms.kl_per_latent(name)))
+            elif self.per == "site":
+                kl = kl + weight * self._floored(terms.mean(terms.kl(name)))
+        if self.per == "all":
+            kl = self._floored(terms.mean(terms.weighted_kl()))
+        return terms.size * kl - terms.sum(terms.reconstruction) - terms.shared
+
+    def settings(self) -> dict[str, Any]:
+        return {"nats": self.nats, "per": self.per, "draws": self.draws}
+
+    def _floored(self, kl: Tensor) -> Tensor:
+        return kl.clamp(min=self.nats).sum()
