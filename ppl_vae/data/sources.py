@@ -25,6 +25,7 @@ from ppl_vae.data.formats import (
     require_keys,
     upright,
 )
+from ppl_vae.data.sprites import sprites
 
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -269,6 +270,8 @@ _READERS: dict[str, Callable[[Path], Dataset]] = {
     "caltech_silhouettes": _caltech_silhouettes,
     "frey_faces": _frey_faces,
     "dsprites": _dsprites,
+    "sprites": lambda home: sprites(32),
+    "sprites64": lambda home: sprites(64),
 }
 
 _IDX_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
