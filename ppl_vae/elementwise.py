@@ -92,8 +92,7 @@ class RationalQuadratic(Elementwise):
 
     def __call__(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         inside = x.clamp(-self.bound, self.bound)  # outside, `where` needs finite gradients too
-        knots = self._knots(raw)
-        piece = knots.piece(inside, knots.x)
+        piece = self._piece(inside, self._knots(raw), axis=0)
         theta = (inside - piece.x) / piece.width
         mixed = theta * (1 - theta)
         numerator = piece.height * (piece.slope * theta**2 + piece.left * mixed)
@@ -102,8 +101,7 @@ class RationalQuadratic(Elementwise):
 
     def inverse(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         inside = y.clamp(-self.bound, self.bound)
-        knots = self._knots(raw)
-        piece = knots.piece(inside, knots.y)
+        piece = self._piece(inside, self._knots(raw), axis=1)
         rise = inside - piece.y
         a = piece.height * (piece.slope - piece.left) + rise * piece.bend
         b = piece.height * piece.left - rise * piece.bend
@@ -119,21 +117,29 @@ class RationalQuadratic(Elementwise):
         inside = given.abs() < self.bound
         return torch.where(inside, other, given), torch.where(inside, log_slope, 0.0)
 
-    def _knots(self, raw: Tensor) -> _Knots:
-        widths, heights, slopes = raw.split([self.bins, self.bins, self.bins - 1], -2)
-        # Zero gives slope 1, which is the slope outside.
-        slopes = _LEAST + (1 - _LEAST) * F.softplus(slopes + SOFTPLUS_IS_1)
-        return _Knots(
-            self._positions(widths),
-            self._positions(heights),
-            F.pad(slopes, (0, 0, 1, 1), value=1.0),
-        )
-
-    def _positions(self, raw: Tensor) -> Tensor:
-        shares = _LEAST + (1 - _LEAST * self.bins) * raw.softmax(-2)
-        # Without the last one, which is the bound but for rounding.
+    def _knots(self, raw: Tensor) -> Tensor:
+        """x, y and slope of the bins' ends: ``(..., 3, bins + 1, D)``."""
+        sizes, slopes = raw.split([2 * self.bins, self.bins - 1], -2)
+        shares = sizes.unflatten(-2, (2, self.bins)).softmax(-2)
+        shares = _LEAST + (1 - _LEAST * self.bins) * shares
+        # Without the last end, which is the bound but for rounding.
         inner = 2 * self.bound * shares[..., :-1, :].cumsum(-2) - self.bound
-        return F.pad(F.pad(inner, (0, 0, 1, 0), value=-self.bound), (0, 0, 0, 1), value=self.bound)
+        ends = F.pad(F.pad(inner, (0, 0, 1, 0), value=-self.bound), (0, 0, 0, 1), value=self.bound)
+        # Raw zeros give slope 1, which is the slope outside.
+        slopes = _LEAST + (1 - _LEAST) * F.softplus(slopes + SOFTPLUS_IS_1)
+        return torch.cat([ends, F.pad(slopes, (0, 0, 1, 1), value=1.0).unsqueeze(-3)], -3)
+
+    def _piece(self, value: Tensor, knots: Tensor, axis: int) -> _Piece:
+        """The bin in which each coordinate lies, by its x (axis 0) or y (axis 1)."""
+        inner = knots[..., axis, 1:-1, :]
+        index = (value.unsqueeze(-2) >= inner).sum(-2, keepdim=True)
+        index = torch.cat([index, index + 1], -2).unsqueeze(-3)  # (..., 1, 2, D)
+        knots = knots.expand(*index.shape[:-3], -1, -1, -1)
+        ends = knots.gather(-2, index.expand(*index.shape[:-3], 3, -1, -1))
+        (x, right_x), (y, top), (left, right) = (e.unbind(-2) for e in ends.unbind(-3))
+        width, height = right_x - x, top - y
+        slope = height / width
+        return _Piece(x, width, y, height, slope, left, left + right - 2 * slope, right)
 
 
 _LEAST = 1e-3
@@ -144,50 +150,19 @@ SOFTPLUS_IS_1 = math.log(math.e - 1)
 
 
 class _Piece(NamedTuple):
-    """The bin in which each coordinate lies, ``(..., D)`` each."""
+    """One bin for each coordinate, ``(..., D)`` each."""
 
-    x: Tensor
+    x: Tensor  # of its lower end, as y
     width: Tensor
     y: Tensor
     height: Tensor
-    left: Tensor  # slope at its left end
+    slope: Tensor  # from end to end; next, at the left end
+    left: Tensor
+    bend: Tensor
     right: Tensor
-
-    @property
-    def slope(self) -> Tensor:
-        return self.height / self.width
-
-    @property
-    def bend(self) -> Tensor:
-        return self.left + self.right - 2 * self.slope
 
     def log_slope(self, theta: Tensor) -> Tensor:
         """log dy/dx at the share theta of the bin's width."""
         mixed = theta * (1 - theta)
         ends = self.right * theta**2 + 2 * self.slope * mixed + self.left * (1 - theta) ** 2
         return 2 * self.slope.log() + ends.log() - 2 * (self.slope + self.bend * mixed).log()
-
-
-class _Knots(NamedTuple):
-    """Positions and slopes at the ends of bins, ``(..., bins + 1, D)`` each."""
-
-    x: Tensor
-    y: Tensor
-    slopes: Tensor
-
-    def piece(self, value: Tensor, ends: Tensor) -> _Piece:
-        """The bin of each coordinate of ``value``, which lies between its ``ends``."""
-        index = (value.unsqueeze(-2) >= ends[..., 1:-1, :]).sum(-2, keepdim=True)
-        left, right = ([_pick(knots, i) for knots in self] for i in (index, index + 1))
-        return _Piece(
-            x=left[0],
-            width=right[0] - left[0],
-            y=left[1],
-            height=right[1] - left[1],
-            left=left[2],
-            right=right[2],
-        )
-
-
-def _pick(knots: Tensor, index: Tensor) -> Tensor:
-    return knots.expand(*index.shape[:-2], -1, -1).gather(-2, index).squeeze(-2)
