@@ -8,6 +8,7 @@ convolutional nets unfold them. A net states its widths as ``.inputs`` and ``.ou
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -24,16 +25,24 @@ class MLP(nn.Sequential):
     Args:
         widths: inputs, hidden widths, outputs: at least two positive integers.
         activation: module class put after each layer but the last.
+        dropout: share of hidden units that training drops at random. In a decoder it is to units
+            what dropping words is in Bowman et al. 2016 (arXiv:1511.06349, section 3.1): a weaker
+            decoder has to use the latent.
 
     Raises:
-        ValueError: fewer than two widths, or a width below 1.
+        ValueError: fewer than two widths, or a width below 1; dropout not in [0, 1).
     """
 
-    def __init__(self, *widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
-        _check_widths("MLP", widths)
+    def __init__(
+        self,
+        *widths: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        _check("MLP", widths, dropout)
         layers: list[nn.Module] = []
         for wide, next_wide in itertools.pairwise(widths[:-1]):
-            layers += [nn.Linear(wide, next_wide), activation()]
+            layers += [nn.Linear(wide, next_wide), activation(), *_dropout(dropout)]
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
         self.inputs, self.outputs = widths[0], widths[-1]
 
@@ -57,17 +66,78 @@ class Gated(nn.Module):
 class GatedMLP(nn.Sequential):
     """MLP with gated hidden layers, as in Tomczak & Welling 2018 (arXiv:1705.07120).
 
-    Shapes: ``(..., inputs)`` to ``(..., outputs)``; the last layer is linear.
-
-    Raises:
-        ValueError: fewer than two widths, or a width below 1.
+    Shapes: ``(..., inputs)`` to ``(..., outputs)``; the last layer is linear. Arguments and
+    errors: as :class:`MLP`.
     """
 
-    def __init__(self, *widths: int) -> None:
-        _check_widths("GatedMLP", widths)
-        hidden = [Gated(a, b) for a, b in itertools.pairwise(widths[:-1])]
-        super().__init__(*hidden, nn.Linear(widths[-2], widths[-1]))
+    def __init__(self, *widths: int, dropout: float = 0.0) -> None:
+        _check("GatedMLP", widths, dropout)
+        layers: list[nn.Module] = []
+        for wide, next_wide in itertools.pairwise(widths[:-1]):
+            layers += [Gated(wide, next_wide), *_dropout(dropout)]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
         self.inputs, self.outputs = widths[0], widths[-1]
+
+
+class SkipMLP(nn.Module):
+    """MLP each of whose layers is given the input again, beside the layer before.
+
+    As a decoder it ties every layer to the latent, against its collapse. Source: Dieng et al.
+    2019, arXiv:1807.04863.
+
+    Shapes: ``(..., inputs)`` to ``(..., outputs)``; the last layer is linear.
+
+    Args:
+        widths, activation, dropout: as those of :class:`MLP`.
+        gated: whether hidden layers are :class:`Gated`, in place of the activation.
+
+    Raises:
+        ValueError: as :class:`MLP`.
+    """
+
+    def __init__(
+        self,
+        *widths: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        super().__init__()
+        _check("SkipMLP", widths, dropout)
+        self.inputs, self.outputs = widths[0], widths[-1]
+        self.hidden = nn.ModuleList()
+        context = self.inputs
+        for wide in widths[1:-1]:
+            layer = [Gated(context, wide)] if gated else [nn.Linear(context, wide), activation()]
+            self.hidden.append(nn.Sequential(*layer, *_dropout(dropout)))
+            context = wide + self.inputs
+        self.last = nn.Linear(context, self.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x
+        for layer in self.hidden:
+            context = torch.cat([layer(context), x], -1)
+        return self.last(context)
+
+
+class Rescaled(nn.Module):
+    """Divides by a number: in front of an encoder of 8-bit levels, ``Rescaled(784, 255)``.
+
+    Shapes: ``(..., inputs)`` to the same.
+
+    Raises:
+        ValueError: a scale that is not positive and finite.
+    """
+
+    def __init__(self, inputs: int, scale: float) -> None:
+        super().__init__()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"Rescaled(scale={scale}): expected a positive and finite number")
+        self.inputs = self.outputs = inputs
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.scale
 
 
 class ConvEncoder(nn.Module):
@@ -179,12 +249,18 @@ def width_of(net: nn.Module, example: Tensor) -> int:
         return cast(Tensor, net(example)).shape[-1]
 
 
-def _check_widths(name: str, widths: tuple[int, ...]) -> None:
+def _check(name: str, widths: tuple[int, ...], dropout: float) -> None:
     if len(widths) < 2 or any(w < 1 for w in widths):
         raise ValueError(
             f"{name}{widths}: expected {name}(inputs, *hidden, outputs), "
             "at least two widths, each at least 1"
         )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}(dropout={dropout}): expected a share of 0 or more, below 1")
+
+
+def _dropout(share: float) -> list[nn.Module]:
+    return [nn.Dropout(share)] if share > 0 else []
 
 
 def _pixels(image_shape: tuple[int, int, int]) -> int:

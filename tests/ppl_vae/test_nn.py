@@ -1,10 +1,30 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from ppl_vae.nn import MLP, ConvDecoder, ConvEncoder, Gated, GatedMLP, Recomputed, width_of
+from ppl_vae.guides.mean_field import MeanField
+from ppl_vae.likelihoods import Bernoulli
+from ppl_vae.models.vae import VAE
+from ppl_vae.nn import (
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    Gated,
+    GatedMLP,
+    Recomputed,
+    Rescaled,
+    SkipMLP,
+    width_of,
+)
+from ppl_vae.objectives import plain_elbo
+from ppl_vae.priors import StandardNormal
+from ppl_vae.recorded import RecordedStep
+from ppl_vae.signature import Signature
+from ppl_vae.svi import SVI, parameters
 
 IMAGES = [(c, side, side) for c in (1, 3) for side in (8, 28, 32, 64)]
 STAGES = {8: 1, 28: 2, 32: 3, 64: 4}
@@ -20,12 +40,22 @@ def pixels(shape):
     return shape[0] * shape[1] * shape[2]
 
 
+def in_front(first, net):
+    both = nn.Sequential(first, net)
+    both.inputs, both.outputs = first.inputs, net.outputs
+    return both
+
+
 NETS = {
     "MLP": lambda: MLP(5, 7, 6, 3),
     "MLP without hidden layer": lambda: MLP(5, 3),
     "MLP tanh": lambda: MLP(5, 4, 3, activation=nn.Tanh),
     "GatedMLP": lambda: GatedMLP(5, 7, 6, 3),
     "GatedMLP without hidden layer": lambda: GatedMLP(5, 3),
+    "SkipMLP": lambda: SkipMLP(5, 7, 6, 3, activation=nn.Tanh),
+    "SkipMLP gated": lambda: SkipMLP(5, 7, 6, 3, gated=True),
+    "SkipMLP without hidden layer": lambda: SkipMLP(5, 3),
+    "Rescaled in front": lambda: in_front(Rescaled(5, 2.0), MLP(5, 3)),
     **{f"ConvEncoder {s}": lambda s=s: ConvEncoder(s, outputs=3, width=2) for s in IMAGES},
     **{f"ConvDecoder {s}": lambda s=s: ConvDecoder(5, s, width=2) for s in IMAGES},
     "ConvDecoder of two": lambda: ConvDecoder(5, (3, 8, 8), width=2, per_pixel=2),
@@ -54,6 +84,62 @@ def test_gated_mlp_multiplies_values_by_the_sigmoid_of_gates():
         value, gate = affine(hidden, layer.linear).split(layer.linear.out_features // 2, -1)
         hidden = value / (1 + torch.exp(-gate))
     torch.testing.assert_close(net(x), affine(hidden, last))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_skip_mlp_gives_each_layer_the_input_again(gated):
+    net = SkipMLP(5, 7, 6, 3, activation=nn.Tanh, gated=gated)
+    x = context = torch.randn(4, 5)
+    for (layer, *_), width in zip(net.hidden, (7, 6), strict=True):
+        linear = affine(context, layer.linear if gated else layer)
+        hidden = nn.functional.glu(linear) if gated else torch.tanh(linear)
+        assert hidden.shape == (4, width)
+        context = torch.cat([hidden, x], -1)
+    torch.testing.assert_close(net(x), affine(context, net.last))
+
+
+@pytest.mark.parametrize("build", [MLP, GatedMLP, SkipMLP])
+def test_dropout_drops_its_share_of_hidden_units_in_training_only(build):
+    """Two hidden layers, of which the second gives ones, each an output."""
+    net = build(5, 4, 40, 40, dropout=0.25)
+    assert sum(isinstance(m, nn.Dropout) for m in net.modules()) == 2
+    *_, second, last = (m for m in net.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        for parameter in (second.weight, second.bias, last.weight, last.bias):
+            parameter.zero_()
+        second.bias[:40] = 2.0 if build is GatedMLP else 1.0  # a gate of 0 halves
+        last.weight[:, :40] = torch.eye(40)
+    x = torch.randn(200, 5)
+    out = net(x)
+    dropped = out == 0
+    torch.testing.assert_close(out[~dropped], torch.full_like(out[~dropped], 1 / 0.75))
+    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert (net(x) != out).any()
+    torch.testing.assert_close(net.eval()(x), torch.ones(200, 40))
+
+
+def test_a_step_with_dropout_can_be_recorded():
+    """Recording compares the graph with an eager step, on other draws."""
+    x = torch.randint(2, (6, 5)).double()
+    model = VAE(StandardNormal(2), Bernoulli(SkipMLP(2, 8, 5, dropout=0.5)))
+    guide = MeanField(model, MLP(5, 8, 7, dropout=0.2), x)
+    optimizer = torch.optim.Adam(parameters(model, guide), fused=True)
+    svi = SVI(model, guide, optimizer, plain_elbo(model, guide, x), compile=False)
+    svi.step(x)
+    RecordedStep(svi, Signature((x,), {}), varying=False)
+
+
+def test_rescaled_divides():
+    x = torch.arange(0.0, 256.0, 51.0)
+    net = Rescaled(6, 255)
+    torch.testing.assert_close(net(x), torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]))
+    assert (net.inputs, net.outputs) == (6, 6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_is_positive_and_finite(scale):
+    with pytest.raises(ValueError, match=rf"scale={scale}.*positive and finite"):
+        Rescaled(3, scale)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -111,7 +197,14 @@ def test_oblong_images_halve_both_sides():
     assert ConvDecoder(2, shape)(torch.randn(3, 2)).shape == (3, 16 * 24)
 
 
-@pytest.mark.parametrize("net", [MLP, GatedMLP])
+@pytest.mark.parametrize("net", [MLP, GatedMLP, SkipMLP])
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
+def test_dropout_is_a_share(net, dropout):
+    with pytest.raises(ValueError, match=rf"^{net.__name__}\(dropout={dropout}\)"):
+        net(3, 2, dropout=dropout)
+
+
+@pytest.mark.parametrize("net", [MLP, GatedMLP, SkipMLP])
 @pytest.mark.parametrize("widths", [(), (3,), (3, 0), (3, -1, 2)])
 def test_widths_must_be_two_or_more_positive_numbers(net, widths):
     with pytest.raises(ValueError, match=rf"^{net.__name__}\(.*at least two widths"):
