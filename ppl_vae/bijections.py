@@ -152,7 +152,7 @@ class CoupledStep(Step):
 class SylvesterStep(Step):
     """``y = x + Q R tanh(S Q' x + b)``, for Q with orthonormal columns and triangular R and S.
 
-    Source: van den Berg et al. 2018 (arXiv:1803.05649), eqs. 13 and 14. The products of the
+    Source: van den Berg et al. 2018 (arXiv:1803.05649), section 3. The products of the
     diagonals of R and S must lie above -1.
 
     Args:

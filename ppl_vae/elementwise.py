@@ -38,7 +38,7 @@ class Elementwise(ABC):
 class Affine(Elementwise):
     """``y = exp(s) x + m``, with ``s = b tanh(raw / b)``, so that no scale overflows.
 
-    Source: Dinh et al. 2017 (arXiv:1605.08803), eq. 7, whose s has a tanh too.
+    Source: Dinh et al. 2017 (arXiv:1605.08803), section 3.2.
 
     Args:
         bound: b, the largest log-scale.

@@ -103,7 +103,7 @@ class Householder(Flow):
 
     As many as there are coordinates reach every covariance. They begin in pairs that undo each
     other, so that an even number begins at the identity. Source: Tomczak & Welling 2016
-    (arXiv:1611.09630), eqs. 9 to 11, with every vector from the same context.
+    (arXiv:1611.09630), here with every vector from the same context.
 
     Args:
         size, context: as :class:`Flow`.
@@ -126,8 +126,8 @@ class InverseAutoregressive(Flow):
     """Steps in which each coordinate is moved by what stood before it (IAF): quick to draw.
 
     The order is reversed from step to step. Direct connections make every normal reachable with
-    affine maps. Source: Kingma et al. 2016 (arXiv:1606.04934), eqs. 9 and 10, there with affine
-    maps; with splines, Durkan et al. 2019 (arXiv:1906.04032), section 3.
+    affine maps. Source: Kingma et al. 2016 (arXiv:1606.04934), eq. 10, for affine maps; with
+    splines, Durkan et al. 2019 (arXiv:1906.04032), section 3.
 
     Args:
         size, context, layers: as :class:`Flow`.
@@ -159,7 +159,7 @@ class InverseAutoregressive(Flow):
 class MaskedAutoregressive(InverseAutoregressive):
     """The same steps the other way round (MAF): quick to score.
 
-    Source: Papamakarios et al. 2017 (arXiv:1705.07057), eqs. 4 and 5.
+    Source: Papamakarios et al. 2017 (arXiv:1705.07057), section 3.1.
 
     Arguments: as :class:`InverseAutoregressive`.
     """
@@ -171,8 +171,8 @@ class MaskedAutoregressive(InverseAutoregressive):
 class Coupling(Flow):
     """Steps in which one half of the coordinates moves the other: quick both ways.
 
-    The halves take turns. Source: Dinh et al. 2017 (arXiv:1605.08803), eqs. 7 and 8, for affine
-    maps; with splines, Durkan et al. 2019 (arXiv:1906.04032), section 3.
+    The halves take turns. Source: Dinh et al. 2017 (arXiv:1605.08803), section 3.2, for
+    affine maps; with splines, Durkan et al. 2019 (arXiv:1906.04032), section 3.
 
     Args:
         size, context, layers: as :class:`Flow`; at least 2 coordinates.

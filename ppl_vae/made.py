@@ -19,8 +19,8 @@ from ppl_vae.elementwise import SOFTPLUS_IS_1
 class MADE(ConditionalAutoRegressiveNN):
     """A net whose numbers for a coordinate depend on the coordinates before it, and on the context.
 
-    Source: Germain et al. 2015 (arXiv:1502.03509), eqs. 10 to 14, with direct connections;
-    context as in Paige & Wood 2016 (arXiv:1602.06701), section 3.3. Begins near 0.
+    Begins near 0. Source: Germain et al. 2015 (arXiv:1502.03509), section 4, with direct
+    connections; context as in Paige & Wood 2016 (arXiv:1602.06701), section 3.3.
 
     Shapes: x ``(..., size)`` and context ``(..., context)`` to ``(..., parameters, size)``.
 

@@ -19,7 +19,7 @@ Kind = Literal["orthogonal", "householder", "triangular"]
 class Sylvester(Flow):
     """Steps ``z + Q R tanh(S Q' z + b)``, with Q, R, S and b from the context.
 
-    Source: van den Berg et al. 2018 (arXiv:1803.05649), section 4. R and S are upper triangular
+    Source: van den Berg et al. 2018 (arXiv:1803.05649), section 3. R and S are upper triangular
     with diagonals in (-1, 1). Q, by kind:
 
     - "orthogonal": some orthonormal columns, by Gram-Schmidt, which is exact where the paper's

@@ -112,7 +112,7 @@ def test_a_recorded_step_gives_the_bits_of_an_eager_one(name: str, particles: in
 
 
 @pytest.mark.slow
-@flows
+@pytest.mark.parametrize("name", ["IAF", "orthogonal Sylvester"])
 def test_compiled_steps_lead_where_eager_ones_do(name: str) -> None:
     def losses(compile: bool) -> list[Any]:
         torch.manual_seed(0)
