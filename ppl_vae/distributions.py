@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -74,7 +74,7 @@ class DiscretizedLogistic(TorchDistribution):
         levels: at least 2.
     """
 
-    arg_constraints: dict[str, Constraint] = {  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {  # pyright: ignore
         "loc": constraints.real,
         "scale": constraints.positive,
     }

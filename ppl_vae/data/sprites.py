@@ -96,8 +96,8 @@ def render_sprites(
     for across, down in np.ndindex(positions, positions):
         top, left = first + step * down, first + step * across
         images[:, :, :, across, down, top : top + box, left : left + box] = shapes
-    factors = np.stack(np.indices(images.shape[:5], np.uint8), -1)
-    return images.reshape(-1, size * size), factors.reshape(-1, 5)
+    factors = np.indices(images.shape[:5], np.uint8).reshape(5, -1).T
+    return images.reshape(-1, size * size), factors
 
 
 def _draw(box: int, scales: int, orientations: int) -> np.ndarray:
