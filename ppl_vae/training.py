@@ -163,20 +163,19 @@ class _Watch:
     """Sums log-probabilities of the runs that an estimator makes of a pair.
 
     An estimator's own traces are not to be had from outside, so each site's density is taken
-    once more, without gradients.
+    once more.
     """
 
     def __init__(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self.autocast = autocast
-        self.model_runs = self.guide_runs = 0
+        self.runs = 0
         self.enumerated = False
         self.observed: Tensor | float = 0.0
-        self.log_p: Tensor | float = 0.0  # of the latents
-        self.log_q: Tensor | float = 0.0
+        self.latent: Tensor | float = 0.0  # log p - log q of the latents
 
     def of_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.model_runs += 1
+            self.runs += 1
             with _Listen(self._hear_model), self.autocast():
                 return model(*args, **kwargs)
 
@@ -184,7 +183,6 @@ class _Watch:
 
     def of_guide(self, guide: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.guide_runs += 1
             with _Listen(self._hear_guide), self.autocast():
                 return guide(*args, **kwargs)
 
@@ -195,21 +193,17 @@ class _Watch:
         if msg["is_observed"]:
             self.observed = self.observed + log_prob_sum(msg)
         else:
-            self.log_p = self.log_p + log_prob_sum(msg)
+            self.latent = self.latent + log_prob_sum(msg)
 
     def _hear_guide(self, msg: Any) -> None:
-        self.log_q = self.log_q + log_prob_sum(msg)
+        self.latent = self.latent - log_prob_sum(msg)
 
     def terms(self, total: int) -> Terms:
         if self.enumerated:
             # The sum over an enumerated site's values needs their weights, which are not heard.
             return Terms(torch.tensor(math.nan), torch.tensor(math.nan))
-        # A guide may be run again on the same draws, to score them.
-        log_p, observed = (
-            torch.as_tensor(x) / self.model_runs for x in (self.log_p, self.observed)
-        )
-        kl = torch.as_tensor(self.log_q) / self.guide_runs - log_p
-        return Terms(observed / total, kl / total)
+        runs = self.runs * total
+        return Terms(torch.as_tensor(self.observed) / runs, -torch.as_tensor(self.latent) / runs)
 
 
 class _Listen(Messenger):
@@ -224,15 +218,16 @@ class _Listen(Messenger):
 
 def log_prob_sum(node: Any) -> Tensor:
     """Log-probability of a site, scaled up by its plates but by nothing else; particles are
-    averaged. Without gradients."""
-    with torch.no_grad():
-        log_prob = node["fn"].log_prob(node["value"])
-        if node["mask"] is not None:
-            log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
-        scale = 1.0
-        for frame in node["cond_indep_stack"]:
-            if frame.name == PARTICLES:
-                scale /= frame.size
-            elif frame.full_size != frame.size:
-                scale *= frame.full_size / frame.size
-        return scale * log_prob.sum()
+    averaged. A number that has no gradient."""
+    # Not under no_grad: a transform keeps the last value that it inverted, and would give it to the
+    # estimator's own look at the site without its gradient.
+    log_prob = node["fn"].log_prob(node["value"]).detach()
+    if node["mask"] is not None:
+        log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
+    scale = 1.0
+    for frame in node["cond_indep_stack"]:
+        if frame.name == PARTICLES:
+            scale /= frame.size
+        elif frame.full_size != frame.size:
+            scale *= frame.full_size / frame.size
+    return scale * log_prob.sum()
