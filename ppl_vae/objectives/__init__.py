@@ -13,7 +13,8 @@ log-probabilities, and differ in what they make of them:
 from ppl_vae.objectives.aggregate import DIPVAE, BetaTC, FactorVAE, InfoVAE
 from ppl_vae.objectives.importance_weighted import IWAE, DReG, StickingTheLanding
 from ppl_vae.objectives.objective import Objective, Terms, backward, plain_elbo
-from ppl_vae.objectives.rows import RowObjective, RowTerms
+from ppl_vae.objectives.row_objective import RowObjective
+from ppl_vae.objectives.rows import RowTerms
 from ppl_vae.objectives.schedules import CyclicalWarmup, LinearWarmup, Schedule
 from ppl_vae.objectives.weighted import Beta, Capacity, FreeBits
 

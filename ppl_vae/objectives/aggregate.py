@@ -1,23 +1,33 @@
-"""ELBOs that regularize the aggregate posterior, q(z) = mean over the data of q(z | x)."""
+"""ELBOs that regularize the aggregate posterior, q(z) = mean over the data of q(z | x).
+
+All look at the rows that run at once, whose number matters: what they find in a part of a batch, as
+under ``fit(accumulate=)``, is not what they find in the whole.
+"""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, Literal
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ppl_vae.objectives.rows import RowObjective, RowTerms, normal_of
+from ppl_vae.objectives.row_objective import RowObjective
+from ppl_vae.objectives.rows import RowTerms, normal_of
 
 
 class _Penalized(RowObjective):
     """The ELBO minus a penalty on a batch's draws, once for each row that it stands for.
 
     One latent site a row. To implement: ``penalty``.
+
+    Attributes:
+        kl_share: how much of the KL is left in place.
     """
+
+    kl_share: float = 1.0
 
     def __init__(self) -> None:
         super().__init__(draws=1)
@@ -31,9 +41,6 @@ class _Penalized(RowObjective):
         elbo = terms.sum(terms.reconstruction - self.kl_share * terms.weighted_kl())
         return terms.size * penalty - elbo - terms.shared
 
-    kl_share: float = 1.0
-    """How much of the KL is left in place."""
-
 
 class BetaTC(RowObjective):
     """The KL in three parts, with the total correlation weighted by beta (Chen et al. 2018,
@@ -42,8 +49,9 @@ class BetaTC(RowObjective):
         E_q log p(x | z) - alpha I(x; z) - beta TC(z) - gamma sum_d KL(q(z_d) || p(z_d))
 
     The densities of the aggregate posterior are estimated from the batch: "weighted" is the paper's
-    minibatch-weighted sampling (eq. 5), biased by constants; "stratified" (its appendix C.2, eq.
-    S6) is unbiased in the density. One latent site, a diagonal normal in the guide.
+    minibatch-weighted sampling (eq. 3), too low by about the logarithm of the number of batches;
+    "stratified" (its appendix C.2) is unbiased in the density. One latent site, a diagonal normal
+    in the guide.
 
     Args:
         beta, alpha, gamma: the weights; all 1 is an ELBO.
@@ -82,30 +90,24 @@ class BetaTC(RowObjective):
 
     def aggregate(self, terms: RowTerms, site: str) -> tuple[Tensor, Tensor]:
         """Estimates of log q(z) ``(rows,)`` and of log q(z_d) ``(rows, Z)`` at a batch's draws."""
-        q = normal_of(terms.guide_nodes[site], "guide")
-        z = terms.guide_nodes[site]["value"][0]
-        loc, scale = (x.expand(1, *z.shape)[0] for x in (q.loc, q.scale))
-        # Of draw i under the posterior of row j.
-        pairs = (
-            torch.distributions.Normal(loc, scale, validate_args=False)
-            .log_prob(z.unsqueeze(1))
-            .flatten(2)
-        )  # (rows, rows, Z)
-        log_weights = self._log_weights(len(z), terms.total).to(z)
+        z, (loc, scale) = _draws(terms, site), _normal(terms, site)
+        # Of draw i under the posterior of row j: (rows, rows, Z).
+        q = torch.distributions.Normal(loc, scale, validate_args=False)
+        pairs = q.log_prob(z.unsqueeze(1))
+        log_weights = self._weights(z, terms.total).log()
         joint = (log_weights + pairs.sum(-1)).logsumexp(1)
         return joint, (log_weights.unsqueeze(-1) + pairs).logsumexp(1)
 
-    def _log_weights(self, rows: int, total: int) -> Tensor:
+    def _weights(self, z: Tensor, total: int) -> Tensor:
         """Of each pair of a draw and a row, ``(rows, rows)``."""
+        rows, others = len(z), len(z) - 1
         if self.estimator == "weighted" or rows == 1:
-            return torch.full((rows, rows), -math.log(rows * total))
-        others = rows - 1
-        weights = torch.full((rows, rows), 1 / others)
-        weights.fill_diagonal_(1 / total)
-        # The last of the others stands for all rows that are not in the batch.
-        index = torch.arange(rows)
-        weights[index, (index + others) % rows] = (total - others) / (total * others)
-        return weights.log()
+            return z.new_full((rows, rows), 1 / (rows * total))
+        own = torch.eye(rows, dtype=z.dtype, device=z.device)
+        # One of the others stands for all rows that are not in the batch.
+        last = own.roll(-1, 1)
+        rest = (1 - own - last) / others
+        return own / total + rest + last * (total - others) / (total * others)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -121,7 +123,8 @@ class FactorVAE(_Penalized):
     Mnih 2018, arXiv:1802.05983, eq. 2-3).
 
     The discriminator learns, at the pair's own learning rate and in the same step, to tell draws of
-    q(z) from draws whose coordinates are permuted over the batch.
+    q(z) from draws whose coordinates are permuted over the batch. Outside of ``fit``, a torch
+    optimizer has to be given its parameters too, ``state.parameters()``.
 
     Args:
         discriminator: net ``(rows, Z)`` to ``(rows, 1)``, the logit of a draw that is not permuted.
@@ -140,8 +143,9 @@ class FactorVAE(_Penalized):
         self.state, self.gamma = discriminator, gamma
 
     def penalty(self, terms: RowTerms, site: str) -> Tensor:
-        z = terms.guide_nodes[site]["value"][0].flatten(1)
+        z = _draws(terms, site)
         assert self.state is not None
+        pyro.module("discriminator", self.state)  # by which a pyro.optim one finds its parameters
         fixed = {name: p.detach() for name, p in self.state.named_parameters()}
         correlation = functional_call(self.state, fixed, (z,)).mean()
         own = z.detach()
@@ -186,9 +190,7 @@ class DIPVAE(_Penalized):
         self.off_diagonal, self.diagonal, self.kind = off_diagonal, diagonal, kind
 
     def penalty(self, terms: RowTerms, site: str) -> Tensor:
-        q = normal_of(terms.guide_nodes[site], "guide")
-        shape = terms.guide_nodes[site]["value"].shape
-        loc, scale = (x.expand(shape)[0].flatten(1) for x in (q.loc, q.scale))
+        loc, scale = _normal(terms, site)
         centered = loc - loc.mean(0)
         covariance = centered.T @ centered / len(loc)
         if self.kind == "II":
@@ -214,7 +216,7 @@ class InfoVAE(_Penalized):
     The unbiased estimate of the squared MMD, from a batch's draws and as many of the prior, with a
     sum of inverse multiquadratic kernels ``c / (c + |z - z'|^2)``, c from 0.1 to 10 times 2 Z
     (Tolstikhin et al. 2018, arXiv:1711.01558, section 4). With alpha = 1 it is a Wasserstein
-    autoencoder's penalty.
+    autoencoder's penalty. A batch of a single row, which has no such estimate, goes without it.
 
     Args:
         alpha: how much of the KL is given up, from 0 to 1.
@@ -236,14 +238,28 @@ class InfoVAE(_Penalized):
         self.kl_share = 1 - alpha
 
     def penalty(self, terms: RowTerms, site: str) -> Tensor:
-        z = terms.guide_nodes[site]["value"][0].flatten(1)
+        z = _draws(terms, site)
         prior = terms.model_nodes[site]["fn"]
         draws = prior.rsample() if prior.has_rsample else prior.sample()
-        draws = draws.expand(1, *terms.guide_nodes[site]["value"].shape[1:])[0].flatten(1)
-        return (self.alpha + self.lam - 1) * squared_mmd(z, draws)
+        if len(z) == 1:
+            return z.new_zeros(())
+        return (self.alpha + self.lam - 1) * squared_mmd(z, draws.reshape(z.shape))
 
     def settings(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "lam": self.lam}
+
+
+def _draws(terms: RowTerms, site: str) -> Tensor:
+    """The one draw of each row: ``(rows, Z)``."""
+    return terms.guide_nodes[site]["value"][0].reshape(terms.rows, -1)
+
+
+def _normal(terms: RowTerms, site: str) -> tuple[Tensor, Tensor]:
+    """Locations and scales of the posteriors: ``(rows, Z)`` each."""
+    q = normal_of(terms.guide_nodes[site], "guide")
+    shape = terms.guide_nodes[site]["value"].shape
+    loc, scale = (x.expand(shape)[0].reshape(terms.rows, -1) for x in (q.loc, q.scale))
+    return loc, scale
 
 
 def squared_mmd(one: Tensor, other: Tensor) -> Tensor:

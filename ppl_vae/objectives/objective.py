@@ -83,7 +83,7 @@ def plain_elbo(
     if (
         latents
         and in_order
-        and all(_has_closed_kl(drawn[n]["fn"], p["fn"]) for n, p in latents.items())
+        and all(closed_kl(drawn[n]["fn"], p["fn"]) is not None for n, p in latents.items())
     ):
         return TraceMeanField_ELBO()
     return Trace_ELBO()
@@ -104,13 +104,13 @@ class Terms:
         return self.reconstruction - self.kl
 
 
-def _has_closed_kl(q: Any, p: Any) -> bool:
+def closed_kl(q: Any, p: Any) -> Tensor | None:
+    """KL(q || p) in closed form; None where there is none."""
     # Pyro's KL from a Delta leaves out the Delta's log-density, in which an autoguide keeps the
     # Jacobian of a global site's support.
     if isinstance(q.base_dist if isinstance(q, Independent) else q, Delta):
-        return False
+        return None
     try:
-        kl_divergence(q, p)
+        return kl_divergence(q, p)
     except NotImplementedError:
-        return False
-    return True
+        return None

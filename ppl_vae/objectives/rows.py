@@ -6,19 +6,16 @@ each row's own terms; here they are read off the traces once, for every objectiv
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO
 from pyro.poutine import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 from torch.distributions import Normal as TorchNormal
 
+from ppl_vae.objectives.objective import closed_kl
 from ppl_vae.sites import PairError, sample_nodes
 
 PARTICLES = "num_particles_vectorized"
@@ -32,7 +29,8 @@ class RowTerms:
 
     The plate of rows is the one at dim -1, the innermost; there is none besides it. How much a row
     counts is the scale of the observed sites: ``total / rows``, and what handlers multiply it by.
-    The scale of a latent in proportion to it is the weight of its KL.
+    The scale of a latent in proportion to it is the weight of its KL. What a handler masks counts
+    for nothing.
 
     Shapes: K is the number of draws; ``(K, rows)`` but where stated.
 
@@ -44,60 +42,61 @@ class RowTerms:
         log_p, log_q: of each local latent, without its weight.
         weights: of the KL of each local latent: a number or ``()``.
         scale: what a row counts for: a number, ``()`` or ``(rows,)``.
-        shared: log p - log q of latents outside the plate, scaled: ``()``.
+        shared: log p - log q of sites outside the plate, scaled: ``()``.
+        draws: K.
         rows: their number.
         total: how many rows the batch stands for.
 
     Raises:
-        PairError: a latent that is enumerated, or drawn without reparameterization, or a plate
-            besides that of the rows.
+        PairError: no plate of rows, or a plate besides it; a latent that is enumerated, drawn
+            without reparameterization, or not drawn by the guide as a latent of its rows; a site
+            of the guide's rows that is no latent of the model's.
     """
 
     def __init__(self, model_trace: Trace, guide_trace: Trace) -> None:
         self.model_nodes = dict(sample_nodes(model_trace))
         self.guide_nodes = dict(sample_nodes(guide_trace))
-        nodes = self.model_nodes
-        for node in nodes.values():
+        for node in (*self.model_nodes.values(), *self.guide_nodes.values()):
             _check_plates(node)
         for node in self.guide_nodes.values():
-            _check_plates(node)
-            if not (node["is_observed"] or node["fn"].has_rsample):
+            _check_reparameterized(node)
+        rows, draws = _row_plate(self.model_nodes.values()), _particles(self.model_nodes.values())
+        self.rows, self.total, self.draws = rows.size, rows.full_size, draws.size
+        self._shape = torch.Size((self.draws, self.rows))
+        observed = [node for node in self.model_nodes.values() if node["is_observed"]]
+        latents = [node for node in self.model_nodes.values() if not node["is_observed"]]
+        for node in latents:
+            _check_drawn(node, self.guide_nodes.get(node["name"]))
+        of_rows = {node["name"] for node in latents if _row_frame(node) is not None}
+        for name, node in self.guide_nodes.items():
+            if _row_frame(node) is not None and name not in of_rows:
                 raise PairError(
-                    f"site {node['name']!r} is drawn without reparameterization "
-                    f"({type(node['fn']).__name__}): this objective has no gradient through it; "
-                    "take TraceGraph_ELBO"
+                    f"site {name!r} of the guide is no latent of the model's rows: its density is "
+                    "part of no latent's; draw the latent itself, from a distribution that has one"
                 )
-        observed = [node for node in nodes.values() if node["is_observed"]]
-        latents = [node for node in nodes.values() if not node["is_observed"]]
-        frames = [frame for node in nodes.values() if (frame := _row_frame(node)) is not None]
-        self.rows = frames[0].size if frames else 1
-        self.total = frames[0].full_size if frames else 1
         local = [node for node in (*observed, *latents) if _row_frame(node) is not None]
-        self.scale: Number = local[0]["scale"] if local else 1.0
-        draws = next(n["value"] for n in self.guide_nodes.values()).shape[0]
-        self._shape = torch.Size((draws, self.rows))
-        self.reconstruction: Tensor = torch.zeros(())
-        self.shared: Tensor = torch.zeros(())
+        self.scale: Number = local[0]["scale"]
+        log_probs = {node["name"]: self._log_prob(node) for node in local}
+        zeros = torch.zeros_like(log_probs[local[0]["name"]])
+        self.reconstruction: Tensor = zeros
+        self.shared: Tensor = zeros.new_zeros(())
         self.log_p: dict[str, Tensor] = {}
         self.log_q: dict[str, Tensor] = {}
         self.weights: dict[str, Number] = {}
-        for node in observed:
-            if _row_frame(node) is None:
-                self.shared = self.shared + _scaled_sum(node, draws)
-            else:
-                weight = _ratio(node["scale"], self.scale)
-                self.reconstruction = self.reconstruction + weight * self._log_prob(node)
-        for node in latents:
+        for node in (*observed, *latents):
             name = node["name"]
-            if _row_frame(node) is None:
-                self.shared = self.shared + _scaled_sum(node, draws)
+            if name not in log_probs:
+                self.shared = self.shared + self._scaled_sum(node)
                 continue
-            self.weights[name] = _ratio(node["scale"], self.scale)
-            self.log_p[name] = self._log_prob(node)
+            weight = _ratio(node["scale"], self.scale)
+            if node["is_observed"]:
+                self.reconstruction = self.reconstruction + weight * log_probs[name]
+                continue
+            self.weights[name], self.log_p[name] = weight, log_probs[name]
             self.log_q[name] = self._log_prob(self.guide_nodes[name])
-        for node in self.guide_nodes.values():
-            if node["name"] not in self.log_q:
-                self.shared = self.shared - _scaled_sum(node, draws)
+        for name, node in self.guide_nodes.items():
+            if name not in self.log_q:
+                self.shared = self.shared - self._scaled_sum(node)
 
     @property
     def log_weights(self) -> Tensor:
@@ -105,24 +104,18 @@ class RowTerms:
         latent = (w * (self.log_p[n] - self.log_q[n]) for n, w in self.weights.items())
         return sum(latent, self.reconstruction)
 
-    @property
-    def draws(self) -> int:
-        """K."""
-        return self._shape[0]
-
     def kl(self, name: str) -> Tensor:
         """The KL of a site, ``(K, rows)``, without its weight: in closed form where there is one
         that is a term of the ELBO, else of the draws."""
-        p, q = self.model_nodes[name]["fn"], self.guide_nodes[name]["fn"]
-        if self._in_order:
-            try:
-                return kl_divergence(q, p).expand(self._shape)
-            except NotImplementedError:
-                pass
-        return self.log_q[name] - self.log_p[name]
+        model, guide = self.model_nodes[name], self.guide_nodes[name]
+        closed = closed_kl(guide["fn"], model["fn"]) if self._in_order else None
+        if closed is None:
+            return self.log_q[name] - self.log_p[name]
+        return _masked(_masked(closed, model), guide).expand(self._shape)
 
     def kl_per_latent(self, name: str) -> Tensor:
-        """The KL of each coordinate of a site, ``(K, rows, Z)``: of diagonal normals.
+        """The KL of each coordinate of a site, ``(K, rows, Z)``, as :meth:`kl`: of diagonal normals
+        that are not masked.
 
         Raises:
             PairError: model or guide is another family there.
@@ -131,8 +124,13 @@ class RowTerms:
             normal_of(nodes[name], who)
             for nodes, who in ((self.model_nodes, "model"), (self.guide_nodes, "guide"))
         )
-        kl = kl_divergence(q, p)
-        return kl.expand(*self._shape, *kl.shape[-len(self.model_nodes[name]["fn"].event_shape) :])
+        if self._in_order:
+            kl = kl_divergence(q, p)
+        else:
+            value = self.guide_nodes[name]["value"]
+            kl = q.log_prob(value) - p.log_prob(value)
+        event_shape = self.model_nodes[name]["fn"].event_shape
+        return kl.expand(*self._shape, *event_shape).reshape(*self._shape, -1)
 
     def weighted_kl(self) -> Tensor:
         """The KLs of all local latents by their weights: ``(K, rows)``."""
@@ -143,14 +141,29 @@ class RowTerms:
         """The one local latent.
 
         Raises:
-            PairError: there are several, or none.
+            PairError: there are several, or none, or its rows are masked.
         """
         if len(self.log_q) != 1:
             raise PairError(
                 f"{what} needs one latent site a row, found {', '.join(self.log_q) or 'none'}: "
                 "its aggregate posterior is that of one vector"
             )
+        self.refuse_masks(what)
         return next(iter(self.log_q))
+
+    def refuse_masks(self, what: str) -> None:
+        """Refuse latents some of whose rows count for nothing.
+
+        Raises:
+            PairError: a local latent is masked.
+        """
+        for name in self.log_q:
+            masks = (nodes[name]["mask"] for nodes in (self.model_nodes, self.guide_nodes))
+            if any(mask is not None and mask is not True for mask in masks):
+                raise PairError(
+                    f"{what} takes all rows of a batch alike, and latent {name!r} is masked: leave "
+                    "masked rows out of the batch"
+                )
 
     def sum(self, values: Tensor) -> Tensor:
         """Values of rows ``(K, rows)`` or ``(rows,)`` averaged over draws and summed over the rows
@@ -159,105 +172,32 @@ class RowTerms:
 
     def mean(self, values: Tensor) -> Tensor:
         """Values ``(K, rows, ...)`` averaged over draws and rows, by what rows count: ``(...)``."""
-        scale = torch.as_tensor(self.scale, dtype=values.dtype, device=values.device)
-        share = scale.expand(self.rows)
-        share = share / share.sum()
+        share = self._scales() / self.size
         return (values.mean(0) * share.reshape(-1, *(1,) * (values.dim() - 2))).sum(0)
 
     @property
     def size(self) -> Tensor:
         """How much all rows count together: ``()``."""
+        return self._scales().sum()
+
+    def _scales(self) -> Tensor:
         like = self.reconstruction
-        return torch.as_tensor(self.scale, dtype=like.dtype, device=like.device).expand(
-            self.rows
-        ).sum()  # fmt: skip
+        scale = torch.as_tensor(self.scale, dtype=like.dtype, device=like.device)
+        return scale.expand(self.rows)
 
     @property
     def _in_order(self) -> bool:
         # A KL given a latent that depends on the one at hand is no term of the ELBO.
-        drawn = [name for name in self.guide_nodes if name in self.log_q]
-        return drawn == list(self.log_q)
+        latents = [n for n, node in self.model_nodes.items() if not node["is_observed"]]
+        return latents == [name for name in self.guide_nodes if name in latents]
 
     def _log_prob(self, node: Mapping[str, Any]) -> Tensor:
         return _log_prob(node).expand(self._shape)
 
-
-class RowObjective(ELBO):
-    """An objective that is computed from the log-probabilities of rows.
-
-    A ``pyro.infer.ELBO``: it runs under ``pyro.infer.SVI`` and under ours, on programs whose rows
-    stand in one plate at dim -1. To implement: ``loss_of``, or ``differentiable_loss`` and with it
-    all that is run.
-
-    Args:
-        draws: K, of the latents, made together in a plate at dim -2.
-
-    Attributes:
-        state: what the objective itself learns, or changes over training: its parameters are
-            trained with the pair's, and a run's checkpoints hold it. None: nothing.
-        ends: the epoch from which it no longer changes: early stopping waits for it.
-
-    Raises:
-        ValueError: draws below 1.
-    """
-
-    ends: float = 0.0
-    state: nn.Module | None = None
-
-    def __init__(self, draws: int = 1) -> None:
-        if draws < 1:
-            raise ValueError(f"{type(self).__name__}(draws={draws}): expected at least 1")
-        super().__init__(num_particles=draws, max_plate_nesting=1, vectorize_particles=True)
-
-    @property
-    def draws(self) -> int:
-        """K."""
-        return self.num_particles
-
-    @abstractmethod
-    def loss_of(self, terms: RowTerms) -> Tensor:
-        """The loss ``()``, in nats of all rows that the batch stands for."""
-
-    def at(self, epoch: float) -> None:
-        """Take up the point of training, in epochs from its start. Most do not depend on it."""
-
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The loss ``()``, whose gradients are those of the objective."""
-        return self.loss_of(RowTerms(*self._get_trace(model, guide, args, kwargs)))
-
-    def loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args, **kwargs)
-
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        return loss.detach()
-
-    def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[Trace, Trace]:
-        guide_trace = poutine.trace(self.plate(guide)).get_trace(*args, **kwargs)
-        replayed = poutine.replay(self.plate(model), trace=guide_trace)
-        return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
-
-    def plate(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        """A program whose draws are made K times together."""
-        return pyro.plate(PARTICLES, self.draws, dim=-2)(program)
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        return f"{type(self).__name__}({settings})"
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments that it was made with, but for modules: what ``run.json`` keeps."""
-        return {"draws": self.draws}
+    def _scaled_sum(self, node: Mapping[str, Any]) -> Tensor:
+        """The log-probability of a site that belongs to no row, averaged over draws."""
+        in_plate = any(frame.name == PARTICLES for frame in node["cond_indep_stack"])
+        return (node["scale"] * _log_prob(node)).sum() / (self.draws if in_plate else 1)
 
 
 def normal_of(node: Mapping[str, Any], who: str) -> TorchNormal:
@@ -278,17 +218,13 @@ def normal_of(node: Mapping[str, Any], who: str) -> TorchNormal:
 
 
 def _log_prob(node: Mapping[str, Any]) -> Tensor:
-    log_prob = node["fn"].log_prob(node["value"])
-    if node["mask"] is not None:
-        log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
-    return log_prob
+    return _masked(node["fn"].log_prob(node["value"]), node)
 
 
-def _scaled_sum(node: Mapping[str, Any], draws: int) -> Tensor:
-    """The log-probability of a site that belongs to no row, averaged over draws."""
-    log_prob = node["scale"] * _log_prob(node)
-    in_plate = any(frame.name == PARTICLES for frame in node["cond_indep_stack"])
-    return log_prob.sum() / (draws if in_plate and log_prob.shape[:1] == (draws,) else 1)
+def _masked(values: Tensor, node: Mapping[str, Any]) -> Tensor:
+    if node["mask"] is None:
+        return values
+    return torch.where(torch.as_tensor(node["mask"], device=values.device), values, 0.0)
 
 
 def _ratio(scale: Number, reference: Number) -> Number:
@@ -299,17 +235,53 @@ def _row_frame(node: Mapping[str, Any]) -> Any:
     return next((frame for frame in node["cond_indep_stack"] if frame.dim == -1), None)
 
 
+def _row_plate(nodes: Iterable[Mapping[str, Any]]) -> Any:
+    """The one plate at dim -1."""
+    plates = {frame.name: frame for node in nodes if (frame := _row_frame(node)) is not None}
+    if len(plates) != 1:
+        found = "none" if not plates else " and ".join(map(repr, plates))
+        raise PairError(
+            f"the model's plates at dim -1: {found}; expected one, that of the rows, whose terms "
+            "this objective is computed from: make the dims of others event dims with .to_event"
+        )
+    return next(iter(plates.values()))
+
+
+def _particles(nodes: Iterable[Mapping[str, Any]]) -> Any:
+    frames = (frame for node in nodes for frame in node["cond_indep_stack"])
+    return next(frame for frame in frames if frame.name == PARTICLES)
+
+
 def _check_plates(node: Mapping[str, Any]) -> None:
     name = node["name"]
-    if any(frame.vectorized and frame.dim < -2 for frame in node["cond_indep_stack"]) or any(
-        frame.dim == -2 and frame.name != PARTICLES for frame in node["cond_indep_stack"]
-    ):
-        raise PairError(
-            f"site {name!r} stands in a plate besides the rows'; expected one plate, at dim -1: "
-            "make the other dims event dims with .to_event"
-        )
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized and frame.dim != -1 and frame.name != PARTICLES:
+            raise PairError(
+                f"site {name!r} stands in plate {frame.name!r} besides the rows'; expected one "
+                "plate, at dim -1: make the other dims event dims with .to_event"
+            )
     if node["infer"].get("enumerate"):
         raise PairError(
             f"site {name!r} is enumerated: this objective draws every latent; take "
             "TraceEnum_ELBO, or draw the site in the guide"
+        )
+
+
+def _check_drawn(node: Mapping[str, Any], drawn: Mapping[str, Any] | None) -> None:
+    name = node["name"]
+    if drawn is None or drawn["is_observed"]:
+        raise PairError(f"the guide does not draw {name!r}, which is latent in the model")
+    if (_row_frame(node) is None) != (_row_frame(drawn) is None):
+        raise PairError(
+            f"site {name!r} stands in a plate at dim -1 in one of model and guide only; expected "
+            "the plate of rows in both, or in neither"
+        )
+
+
+def _check_reparameterized(node: Mapping[str, Any]) -> None:
+    if not (node["is_observed"] or node["fn"].has_rsample):
+        raise PairError(
+            f"site {node['name']!r} is drawn without reparameterization "
+            f"({type(node['fn']).__name__}): this objective has no gradient through it; take "
+            "TraceGraph_ELBO"
         )

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.objectives.rows import RowObjective, RowTerms
+from ppl_vae.objectives.row_objective import RowObjective
+from ppl_vae.objectives.rows import RowTerms
 
 
 class Beta(RowObjective):
@@ -15,7 +16,8 @@ class Beta(RowObjective):
 
         E_q log p(x | z) - beta KL(q(z | x) || p(z))
 
-    A warm-up of ``fit`` multiplies beta.
+    A warm-up of ``fit`` multiplies beta. The KL of a latent outside the plate of rows is not
+    weighted by beta.
 
     Raises:
         ValueError: beta below 0, or draws below 1.
@@ -42,7 +44,7 @@ class Capacity(RowObjective):
         E_q log p(x | z) - gamma |KL(q(z | x) || p(z)) - C|
 
     C rises in a straight line from 0 to ``nats`` over ``epochs``, then stays; the KL is that of a
-    row. It replaces a warm-up.
+    row, the mean of its draws where it has no closed form. It replaces a warm-up.
 
     Args:
         nats: the last C.
@@ -51,6 +53,7 @@ class Capacity(RowObjective):
 
     Raises:
         ValueError: a negative number, or draws below 1.
+        PairError: when run, of masked latents.
     """
 
     def __init__(self, nats: float, epochs: float, gamma: float = 100.0, draws: int = 1) -> None:
@@ -74,8 +77,10 @@ class Capacity(RowObjective):
         self.capacity.fill_(self.nats * share)
 
     def loss_of(self, terms: RowTerms) -> Tensor:
-        distance = (terms.weighted_kl() - self.capacity).abs()
-        return -terms.sum(terms.reconstruction - self.gamma * distance) - terms.shared
+        terms.refuse_masks("Capacity")
+        distance = (terms.weighted_kl().mean(0) - self.capacity).abs()
+        penalty = self.gamma * terms.sum(distance)
+        return penalty - terms.sum(terms.reconstruction) - terms.shared
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -97,10 +102,11 @@ class FreeBits(RowObjective):
         E_q log p(x | z) - sum_groups max(nats, mean over the batch of KL_group)
 
     A group is a coordinate ("latent": diagonal normals only), a site ("site"), or all latents of a
-    row together ("all": a minimum of the whole KL).
+    row together ("all": a minimum of the whole KL). A warm-up multiplies what a group counts as.
 
     Raises:
         ValueError: another ``per``, negative nats, or draws below 1.
+        PairError: when run, of masked latents; with "latent", of another family.
     """
 
     def __init__(
@@ -115,18 +121,23 @@ class FreeBits(RowObjective):
         self.nats, self.per = nats, per
 
     def loss_of(self, terms: RowTerms) -> Tensor:
-        kl = torch.zeros_like(terms.shared)
-        for name, weight in terms.weights.items():
-            if self.per == "latent":
-                kl = kl + weight * self._floored(terms.mean(terms.kl_per_latent(name)))
-            elif self.per == "site":
-                kl = kl + weight * self._floored(terms.mean(terms.kl(name)))
-        if self.per == "all":
-            kl = self._floored(terms.mean(terms.weighted_kl()))
+        terms.refuse_masks("FreeBits")
+        kl = self._of_all(terms) if self.per == "all" else self._of_each(terms)
         return terms.size * kl - terms.sum(terms.reconstruction) - terms.shared
+
+    def _of_each(self, terms: RowTerms) -> Tensor:
+        of_group = terms.kl_per_latent if self.per == "latent" else terms.kl
+        floored = (
+            weight * terms.mean(of_group(name)).clamp(min=self.nats).sum()
+            for name, weight in terms.weights.items()
+        )
+        return sum(floored, terms.reconstruction.new_zeros(()))
+
+    def _of_all(self, terms: RowTerms) -> Tensor:
+        kl = sum(map(terms.kl, terms.weights), torch.zeros_like(terms.reconstruction))
+        weight = sum(terms.weights.values(), 0.0) / max(len(terms.weights), 1)
+        free = terms.mean(kl) < self.nats
+        return torch.where(free, weight * self.nats, terms.mean(terms.weighted_kl()))
 
     def settings(self) -> dict[str, Any]:
         return {"nats": self.nats, "per": self.per, "draws": self.draws}
-
-    def _floored(self, kl: Tensor) -> Tensor:
-        return kl.clamp(min=self.nats).sum()
