@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self, cast
 
 import pyro.distributions as dist
 import torch
@@ -33,8 +33,6 @@ class Mixture(TorchDistribution):
         choose: gives the components with indices ``(n,)``, batch ``(n,)``.
     """
 
-    arg_constraints: ClassVar[dict[str, Constraint]] = {}
-
     def __init__(
         self,
         logits: Tensor,
@@ -46,8 +44,12 @@ class Mixture(TorchDistribution):
         super().__init__(torch.Size(batch_shape), components.event_shape)
 
     @property
+    def arg_constraints(self) -> dict[str, Constraint]:
+        return {}
+
+    @property
     def support(self) -> Constraint:
-        return self.components.support
+        return cast(Constraint, self.components.support)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
         return Mixture(self.logits, self.components, self.choose, batch_shape)
