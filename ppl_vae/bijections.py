@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from pyro.distributions.transforms import Transform
@@ -37,14 +38,14 @@ class PlanarStep(ConditionedPlanar):
         with torch.autocast(x.device.type, enabled=False):
             return super()._call(x)
 
-    def _inverse(self, y: Tensor) -> Tensor:
+    def _inverse(self, y: Tensor) -> NoReturn:
         raise no_inverse("Planar")
 
 
 class RadialStep(ConditionedRadial):
     """Pyro's radial transform."""
 
-    def _inverse(self, y: Tensor) -> Tensor:
+    def _inverse(self, y: Tensor) -> NoReturn:
         raise no_inverse("Radial")
 
 
@@ -177,7 +178,7 @@ class SylvesterStep(Step):
         first, second = diagonals
         return y, torch.log1p(first * second * (1 - act**2)).sum(-1)
 
-    def move_back(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def move_back(self, y: Tensor) -> NoReturn:
         raise no_inverse("Sylvester")
 
 

@@ -114,7 +114,7 @@ class RawNumbers(nn.Module):
             assert isinstance(last, nn.Linear)
             shrink(last)
             with torch.no_grad():
-                last.bias += start.flatten()
+                last.bias.add_(start.flatten())
 
     def forward(self, context: Tensor | None) -> Tensor:
         if self.net is None or context is None:

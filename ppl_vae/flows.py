@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from pyro.distributions.transforms import Transform
@@ -153,7 +154,10 @@ class InverseAutoregressive(Flow):
         )
 
     def transforms(self, context: Tensor | None) -> list[Transform]:
-        return [AutoregressiveStep(net, context, self.elementwise) for net in self.nets]
+        steps: list[Transform] = []
+        for net in self.nets:
+            steps.append(AutoregressiveStep(cast(MADE, net), context, self.elementwise))
+        return steps
 
 
 class MaskedAutoregressive(InverseAutoregressive):
@@ -205,8 +209,9 @@ class Coupling(Flow):
             kept, moved = self.halves if layer % 2 == 0 else self.halves[::-1]
             outputs = self.elementwise.parameters * moved
             widths = hidden_widths(hidden, size)
-            self.nets.append(MLP(kept + context, *widths, outputs, activation=nn.ELU))
-            shrink(self.nets[-1][-1])
+            net = MLP(kept + context, *widths, outputs, activation=nn.ELU)
+            shrink(net[-1])
+            self.nets.append(net)
 
     def transforms(self, context: Tensor | None) -> list[Transform]:
         return [

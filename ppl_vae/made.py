@@ -11,6 +11,7 @@ import torch
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 
 from ppl_vae.conditionals import join, positive
 from ppl_vae.elementwise import SOFTPLUS_IS_1
@@ -108,16 +109,20 @@ class AutoregressiveMixture(dist.TorchDistribution):
             for C components. The scale is 1 at 0.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
-    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
-    has_rsample = False
-
     def __init__(self, net: MADE, batch_shape: Sequence[int] = ()) -> None:
         self.net = net
         super().__init__(torch.Size(batch_shape), torch.Size([net.input_dim]), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> AutoregressiveMixture:
         return AutoregressiveMixture(self.net, batch_shape)
+
+    @property
+    def arg_constraints(self) -> dict[str, Constraint]:
+        return {}
+
+    @property
+    def support(self) -> Constraint:
+        return constraints.real_vector
 
     def log_prob(self, value: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)

@@ -105,11 +105,11 @@ class Autoregressive(nn.Module):
             raise ValueError(f"Autoregressive(components={components}): expected at least 1")
         self.net = MADE(size, 0, 3 * components, hidden)
         apart = torch.linspace(-0.5, 0.5, components) if components > 1 else torch.zeros(1)
+        last = self.net.layers[-1]
+        assert isinstance(last, nn.Linear)
         with torch.no_grad():
-            # Biases of log-weights, locations and scales, each component's for all latents.
-            self.net.layers[-1].bias[components * size : 2 * components * size] += (
-                apart.repeat_interleave(size)
-            )
+            # Biases of log-weights, locations and scales, one for each latent of each component.
+            last.bias.unflatten(0, (3, components, size))[1].add_(apart.unsqueeze(-1))
 
     def forward(self) -> TorchDistribution:
         return AutoregressiveMixture(self.net)
