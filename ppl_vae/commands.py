@@ -6,10 +6,12 @@ Nothing here imports torch before a command needs it. They are not named like th
 
 from __future__ import annotations
 
+import itertools
 import json as json_
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,29 +19,31 @@ from typing import Any, Literal
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def list_command(json: bool = False) -> None:
-    """List models, guides, recipes and data sets.
+def list_command(json: bool = False, quick: bool = False) -> None:
+    """List the parts of the zoo, which of them do not go together and why, recipes and data sets.
 
     Args:
         json: print JSON.
+        quick: leave out which parts do not go together: every two are tried, in some seconds.
     """
-    from ppl_vae import zoo
+    from ppl_vae import grid, zoo
     from ppl_vae.data import known_names
     from ppl_vae.recipes import recipes
 
-    members = {"models": zoo.models(), "guides": zoo.guides(), "recipes": recipes()}
-    table = {
-        kind: {name: zoo.first_line(member) for name, member in found.items()}
-        for kind, found in members.items()
-    }
+    table = grid.axes() | {"recipes": {n: zoo.first_line(r) for n, r in recipes().items()}}
     if json:
-        print(json_.dumps({**table, "data": list(known_names())}, indent=2))
+        refused = [asdict(refusal) for refusal in grid.refusals()] if not quick else None
+        print(json_.dumps({**table, "data": list(known_names()), "refused": refused}, indent=2))
         return
     for kind, lines in table.items():
         print(f"{kind}:")
         for name, line in lines.items():
-            print(f"  {name:<18} {line}")
+            print(f"  {name:<26} {line}")
     print(f"data:\n  {', '.join(known_names())}")
+    if not quick:
+        print("a model, a guide, a prior, a likelihood and an objective go together, but not:")
+        for (one, why), same in itertools.groupby(grid.refusals(), lambda r: (r.one, r.why)):
+            print(f"  {one} with {', '.join(r.other for r in same)}: {why}", flush=True)
 
 
 def show_command(model: str, graph: Path | None = None) -> None:

@@ -105,21 +105,22 @@ TABLE_BEGIN, TABLE_END = "<!-- zoo: made by `make readme` -->", "<!-- end of zoo
 
 
 def table() -> str:
-    """Models, guides and recipes with their first lines, as Markdown tables.
+    """The parts of the zoo and recipes with their first lines, as Markdown tables.
 
     >>> print(table())  # doctest: +ELLIPSIS
-    | model | story |
+    | model | |
     | --- | --- |
     ...
     """
-    recipes = importlib.import_module("ppl_vae.recipes").recipes()  # it imports this module
-    kinds = (("model", "story", models()), ("guide", "family", guides()))
+    # They import this module.
+    grid, recipes = (importlib.import_module(f"ppl_vae.{name}") for name in ("grid", "recipes"))
+    experiments = {name: first_line(recipe) for name, recipe in recipes.recipes().items()}
     return "\n\n".join(
         "\n".join(
-            [f"| {kind} | {what} |", "| --- | --- |"]
-            + [f"| `{name}` | {_linked(first_line(member))} |" for name, member in members.items()]
+            [f"| {kind.removesuffix('s')} | |", "| --- | --- |"]
+            + [f"| `{name}` | {_linked(line)} |" for name, line in lines.items()]
         )
-        for kind, what, members in (*kinds, ("recipe", "experiment", recipes))
+        for kind, lines in {**grid.axes(), "recipes": experiments}.items()
     )
 
 

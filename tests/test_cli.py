@@ -63,7 +63,7 @@ def test_help_answers_without_torch() -> None:
 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--json"]) == 0
+    assert main(["list", "--json", "--quick"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert {"VAE", "PPCA"} <= set(table["models"])
     assert {"MeanField", "FullRank"} <= set(table["guides"])
@@ -73,8 +73,14 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     } <= set(table["recipes"])  # fmt: skip
     assert "digits" in table["data"]
     assert all(table["recipes"].values()), "each has a line that says what it is"
+    assert {"VampPrior", "StandardNormal"} <= set(table["priors"])
+    assert {"Bernoulli", "Laplace"} <= set(table["likelihoods"])
+    assert {"ELBO", "IWAE"} <= set(table["objectives"])
+    assert table["refused"] is None
     assert main(["list"]) == 0
-    assert "vae-digits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "vae-digits" in printed
+    assert "Hierarchy with BetaTC: BetaTC needs one latent site a row" in printed
 
 
 def test_show_tells_the_story_and_draws_the_graph(

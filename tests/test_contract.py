@@ -153,7 +153,10 @@ def build(model_name: str, guide_name: str) -> Pair:
     if not any(site.local for site in latent):
         pytest.skip("no local latent, which derived guides amortize")
     width = sum(x.shape[-1] for x in data.values())
-    guide = GUIDES[guide_name](model, MLP(width, 8, 7).double(), **data)
+    try:
+        guide = GUIDES[guide_name](model, MLP(width, 8, 7).double(), **data)
+    except PairError as error:
+        pytest.skip(f"refused: {error}")
     return model, guide.double(), data
 
 
@@ -288,6 +291,23 @@ def test_predictive_draws_in_parallel_as_one_by_one(name: str) -> None:
 
 
 # -- pairs -------------------------------------------------------------------------------------
+
+
+@pairs
+def test_a_guide_that_refuses_a_model_names_the_site(model_name: str, guide_name: str) -> None:
+    """Mean field and full rank refuse none; others say which site they cannot cover."""
+    torch.manual_seed(0)
+    model = MODELS[model_name].toy()
+    data = model.observed(model.simulate(N))
+    why = ""
+    try:
+        GUIDES[guide_name](model, MLP(sum(x.shape[-1] for x in data.values()), 8), **data)
+    except PairError as error:
+        why = str(error)
+    if why:
+        assert guide_name not in ("MeanField", "FullRank")
+        latent = [name for name, site in read_sites(model, **data).items() if not site.observed]
+        assert any(f"'{name}'" in why for name in latent)
 
 
 @pairs

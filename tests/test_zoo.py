@@ -44,7 +44,7 @@ def test_a_new_file_appears_and_fits(
     add: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     add("spectra", "Spectra")
-    assert main(["list"]) == 0
+    assert main(["list", "--quick"]) == 0
     assert "Spectra" in capsys.readouterr().out
     assert main(["show", "spectra"]) == 0
     assert "w     latent      -       (4,)" in capsys.readouterr().out

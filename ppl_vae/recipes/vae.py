@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
-from ppl_vae.data import Dataset, load_data
+from ppl_vae.data import load_data
 from ppl_vae.guides.mean_field import MeanField
-from ppl_vae.likelihoods import Bernoulli, Binomial
+from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models.vae import VAE
-from ppl_vae.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
+from ppl_vae.nn import ConvDecoder, ConvEncoder
 from ppl_vae.priors import StandardNormal
 from ppl_vae.recipes import Experiment
+from ppl_vae.recipes._parts import digits, example, gated
 
 
 def vae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
@@ -25,13 +24,9 @@ def vae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
         latents: size of z.
         hidden: width of the two hidden layers of encoder and decoder.
     """
-    data = load_data("digits")
-    pixels = data.splits["train"]["x"].shape[1]
-    likelihood = Binomial(MLP(latents, hidden, hidden, pixels), total_count=16)
-    model = VAE(StandardNormal(latents), likelihood)
-    guide = MeanField(model, MLP(pixels, hidden, hidden), _example(data))
-    fit = {"epochs": 60, "batch_size": 50, "learning_rate": 2e-3, "warmup": 10}
-    return Experiment(model, guide, data, fit)
+    made = digits(latents, hidden)
+    made.fit = {"epochs": 60, "batch_size": 50, "learning_rate": 2e-3, "warmup": 10}
+    return made
 
 
 def vae_static_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
@@ -46,7 +41,7 @@ def vae_static_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
         latents: size of z.
         hidden: width of the two gated hidden layers of encoder and decoder.
     """
-    return _gated(load_data("static_mnist"), latents, hidden, epochs=500, patience=50)
+    return gated(load_data("static_mnist"), latents, hidden)
 
 
 def vae_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
@@ -59,8 +54,7 @@ def vae_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
         latents: size of z.
         hidden: width of the two gated hidden layers of encoder and decoder.
     """
-    data = load_data("mnist", binarize="dynamic")
-    return _gated(data, latents, hidden, epochs=500, patience=50)
+    return gated(load_data("mnist", binarize="dynamic"), latents, hidden)
 
 
 def vae_fashion(*, latents: int = 40, hidden: int = 300) -> Experiment:
@@ -72,8 +66,7 @@ def vae_fashion(*, latents: int = 40, hidden: int = 300) -> Experiment:
         latents: size of z.
         hidden: width of the two gated hidden layers of encoder and decoder.
     """
-    data = load_data("fashion_mnist", binarize="dynamic")
-    return _gated(data, latents, hidden, epochs=500, patience=50)
+    return gated(load_data("fashion_mnist", binarize="dynamic"), latents, hidden)
 
 
 def vae_omniglot(*, latents: int = 40, hidden: int = 300) -> Experiment:
@@ -86,8 +79,7 @@ def vae_omniglot(*, latents: int = 40, hidden: int = 300) -> Experiment:
         latents: size of z.
         hidden: width of the two gated hidden layers of encoder and decoder.
     """
-    data = load_data("omniglot", binarize="dynamic")
-    return _gated(data, latents, hidden, epochs=500, patience=50)
+    return gated(load_data("omniglot", binarize="dynamic"), latents, hidden)
 
 
 def conv_vae_mnist(*, latents: int = 32, width: int = 32, hidden: int = 256) -> Experiment:
@@ -104,18 +96,6 @@ def conv_vae_mnist(*, latents: int = 32, width: int = 32, hidden: int = 256) -> 
     assert data.image_shape is not None
     model = VAE(StandardNormal(latents), Bernoulli(ConvDecoder(latents, data.image_shape, width)))
     encoder = nn.Sequential(ConvEncoder(data.image_shape, hidden, width), nn.ReLU())
-    guide = MeanField(model, encoder, _example(data))
+    guide = MeanField(model, encoder, example(data))
     fit = {"epochs": 100, "learning_rate": 1e-3, "warmup": 10, "patience": 20}
     return Experiment(model, guide, data, fit)
-
-
-def _gated(data: Dataset, latents: int, hidden: int, **fit: Any) -> Experiment:
-    pixels = data.splits["train"]["x"].shape[1]
-    likelihood = Bernoulli(GatedMLP(latents, hidden, hidden, pixels))
-    model = VAE(StandardNormal(latents), likelihood)
-    guide = MeanField(model, GatedMLP(pixels, hidden, hidden), _example(data))
-    return Experiment(model, guide, data, {"learning_rate": 1e-3, "warmup": 10, **fit})
-
-
-def _example(data: Dataset) -> Tensor:
-    return data.split("train").batch(slice(0, 2))["x"]
