@@ -1,4 +1,4 @@
-"""Residual convolutions on flat rows, and deterministic ladders from the data up to the top.
+"""Residual convolutions on flat rows: blocks on the way down, and ladders from the data up.
 
 Like all nets these map ``(..., inputs)`` to ``(..., outputs)``. A shape of maps is (channels,
 height, width).
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from ppl_vae.conditionals import Normal
 
 Shape = tuple[int, int, int]
 
@@ -81,6 +83,37 @@ def shrink(maps: Maps, depth: int) -> None:
     with torch.no_grad():
         for parameter in maps.layers[-1].parameters():
             parameter /= math.sqrt(depth)
+
+
+class TopDownBlock(nn.Module):
+    """A level on the way down: a latent's distribution given the state, and the state after it.
+
+    Source: Child 2021 (arXiv:2011.10650), section 3.2 and fig. 3, without the part that draws from
+    the posterior, which is a guide's; normals over maps as in Kingma et al. 2016
+    (arXiv:1606.04934), section 4.
+
+    Shapes: state ``(..., channels * height * width)``, latent ``(..., latents * height * width)``.
+
+    Args:
+        shape: of the state's maps.
+        latents: number of the latent's maps.
+        depth: how many levels there are.
+        enlarge: whether the state that is left has twice the height and width.
+    """
+
+    def __init__(self, shape: Shape, latents: int, depth: int, *, enlarge: bool) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.prior = Normal(two_convolutions(shape, 2 * latents))
+        spread = nn.Conv2d(latents, channels, kernel_size=1)
+        self.spread = Maps((latents, height, width), spread)
+        shrink(self.spread, depth)
+        steps = [Maps(shape, nn.Upsample(scale_factor=2))] if enlarge else []
+        self.update = nn.Sequential(Residual(shape, depth), *steps)
+
+    def forward(self, state: Tensor, z: Tensor) -> Tensor:
+        """The state that the latent leaves."""
+        return self.update(state + self.spread(z))
 
 
 class Ladder(nn.Module):
