@@ -117,6 +117,17 @@ def test_an_mlp_ladder_climbs_by_two_layers_a_level(leading: tuple[int, ...]) ->
     torch.testing.assert_close(ladder(x), torch.cat(expected, -1))
 
 
+def test_what_blocks_add_is_shrunk_by_the_root_of_their_number() -> None:
+    parts: list[list[Tensor]] = []
+    for depth in (1, 9):
+        torch.manual_seed(0)
+        block = TopDownBlock(SHAPE, latents=2, depth=depth, enlarge=False)
+        (spread,), (_, last) = convolutions(block.spread), convolutions(block.update)
+        parts.append([spread.weight, spread.bias, last.weight, last.bias])
+    for one, ninth in zip(*parts, strict=True):
+        torch.testing.assert_close(ninth, one / 3)
+
+
 def test_maps_are_read_by_pixel_where_the_latent_has_entries_for_each() -> None:
     by_pixel = reader(SHAPE, 2, 16)
     x = torch.randn(5, 24)
