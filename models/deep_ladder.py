@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Self, cast
 
 import pyro
 import torch
@@ -71,7 +71,7 @@ class DeepLadder(GenerativeModel):
 
     def z_dist(self, level: int, *above: Tensor) -> TorchDistribution:
         """Of one level, given those above it, the top first."""
-        return self.blocks[-level].prior(self._state(*above))
+        return dict(self._levels())[level].prior(self._state(*above))
 
     def x_dist(self, *z: Tensor) -> TorchDistribution:
         """Given all levels, the top first."""
@@ -82,14 +82,19 @@ class DeepLadder(GenerativeModel):
     ) -> Tensor:
         state = self._state()
         with self.rows(x, n=n, total=total):
-            for level, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
+            for level, block in self._levels():
                 state = block(state, pyro.sample(f"z{level}", block.prior(state)))
             return pyro.sample("x", self.likelihood(state), obs=x)
+
+    def _levels(self) -> list[tuple[int, TopDownBlock]]:
+        """The blocks with their numbers, from the top down."""
+        blocks = cast(Iterable[TopDownBlock], self.blocks)
+        return list(zip(range(len(self.blocks), 0, -1), blocks, strict=True))
 
     def _state(self, *z: Tensor) -> Tensor:
         """What latents from the top down leave."""
         state = self.start
-        for block, value in zip(self.blocks, z, strict=False):
+        for (_, block), value in zip(self._levels(), z, strict=False):
             state = block(state, value)
         return state
 
