@@ -42,7 +42,7 @@ class RowTerms:
         log_p, log_q: of each local latent, without its weight.
         weights: of the KL of each local latent: a number or ``()``.
         scale: what a row counts for: a number, ``()`` or ``(rows,)``.
-        shared: log p - log q of sites outside the plate, scaled: ``()``.
+        shared: log p - log q of the draws of sites outside the plate, scaled: ``()``.
         draws: K.
         rows: their number.
         total: how many rows the batch stands for.
@@ -269,7 +269,7 @@ def _check_plates(node: Mapping[str, Any]) -> None:
 
 def _check_drawn(node: Mapping[str, Any], drawn: Mapping[str, Any] | None) -> None:
     name = node["name"]
-    if drawn is None or drawn["is_observed"]:
+    if drawn is None:
         raise PairError(f"the guide does not draw {name!r}, which is latent in the model")
     if (_row_frame(node) is None) != (_row_frame(drawn) is None):
         raise PairError(
