@@ -118,7 +118,8 @@ def dip_vae_sprites(
     Args:
         kind: whether the covariance of the posterior means ("I") or of q(z) ("II") is drawn to
             the identity.
-        off_diagonal, diagonal: weights of the entries.
+        off_diagonal: weight of the covariances.
+        diagonal: weight of the variances.
         latents: size of z.
         width: channels of the convolution next to the image.
     """

@@ -31,8 +31,8 @@ def flow_digits(
 ) -> Experiment:
     """VAE of the embedded digits with a normalizing flow as guide.
 
-    Rezende & Mohamed 2015 (arXiv:1505.05770), Kingma et al. 2016 (arXiv:1606.04934). No published
-    figure for these data.
+    Rezende & Mohamed 2015 (arXiv:1505.05770), Kingma et al. 2016 (arXiv:1606.04934).
+    No published figure for these data.
 
     Args:
         flow: its family.

@@ -38,8 +38,8 @@ def mixture_prior_digits(
 ) -> Experiment:
     """VAE of the embedded digits with a mixture of Gaussians as prior.
 
-    The VampPrior's counterpart in Tomczak & Welling 2018 (arXiv:1705.07120), section 4. No
-    published figure for these data.
+    The VampPrior's counterpart in Tomczak & Welling 2018 (arXiv:1705.07120), section 4.
+    No published figure for these data.
 
     Args:
         components: of the mixture.
@@ -60,8 +60,8 @@ def flow_prior_digits(
 ) -> Experiment:
     """VAE of the embedded digits with a flow, or an autoregressive mixture, as prior.
 
-    Chen et al. 2017 (arXiv:1611.02731), section 3.2; Germain et al. 2015 (arXiv:1502.03509). No
-    published figure for these data.
+    Chen et al. 2017 (arXiv:1611.02731), section 3.2; Germain et al. 2015 (arXiv:1502.03509).
+    No published figure for these data.
 
     Args:
         prior: masked autoregressive flow, affine or spline coupling, or MADE with mixtures of five

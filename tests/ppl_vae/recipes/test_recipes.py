@@ -18,7 +18,7 @@ RECIPES = recipes()
 
 def experiment(name: str) -> Experiment:
     # Offline, a set that is not on the disk would be a download that fails after a time-out.
-    if name != "vae-digits" and not data_home().is_dir():
+    if not name.endswith(("digits", "sprites")) and not data_home().is_dir():
         pytest.skip(f"needs data in {data_home()}; set PPL_VAE_DATA")
     try:
         return build(name, {}, seed=0)
