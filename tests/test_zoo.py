@@ -81,3 +81,17 @@ def test_members_are_attributes_of_their_package() -> None:
     assert ppl_vae.models.PPCA is zoo.models()["PPCA"]
     with pytest.raises(AttributeError, match="has no attribute 'Flow'"):
         ppl_vae.guides.Flow  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", ["models", "guides"])
+def test_no_file_shares_six_lines_with_a_sibling(folder: str) -> None:
+    """What two of them have in common belongs into the library."""
+    seen: dict[tuple[str, ...], str] = {}
+    for path in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        # Both packages open with the same lines, and a story's template is there to be copied.
+        if path.stem in ("__init__", "_template"):
+            continue
+        for block in zip(*(lines[start:] for start in range(6)), strict=False):
+            other = seen.setdefault(block, path.name)
+            assert other == path.name, f"{path.name} and {other} share {block}"

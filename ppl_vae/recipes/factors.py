@@ -59,12 +59,12 @@ def capacity_sprites(
     Burgess et al. 2018 (arXiv:1804.03599). No published figure for these data.
 
     Args:
-        nats: the last capacity, reached after 20 epochs.
+        nats: the last capacity, reached after 10 epochs.
         gamma: weight of the distance from it.
         latents: size of z.
         width: channels of the convolution next to the image.
     """
-    return _sprites(Capacity(nats, epochs=20, gamma=gamma), latents, width)
+    return _sprites(Capacity(nats, epochs=10, gamma=gamma), latents, width)
 
 
 def beta_tc_sprites(
@@ -150,5 +150,5 @@ def _sprites(objective: Objective | None, latents: int, width: int) -> Experimen
     model = VAE(StandardNormal(latents), Bernoulli(nn.Sequential(*decoder, image)))
     encoder = nn.Sequential(ConvEncoder(data.image_shape, 128, width), nn.ReLU())
     guide = MeanField(model, encoder, example(data))
-    fit = {"epochs": 60, "batch_size": 64, "learning_rate": 1e-3, "objective": objective}
+    fit = {"epochs": 20, "batch_size": 64, "learning_rate": 1e-3, "objective": objective}
     return Experiment(model, guide, data, fit)
