@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae.objectives import Objective, RowObjective, Schedule, Terms, backward
 from ppl_vae.objectives.rows import PARTICLES
@@ -37,6 +37,7 @@ class Training:
         device, dtype: of the programs.
 
     Attributes:
+        state: what the objective itself learns, or changes over training; None: nothing.
         totals: sums over all rows run so far of reconstruction, KL, and 1: ``(3,)``.
     """
 
@@ -59,8 +60,10 @@ class Training:
         self.warmup = warmup
         weighted = warmup is None or warmup.ends > 0
         self._weight = torch.ones((), dtype=dtype, device=device) if weighted else None
-        if (state := self.state) is not None:
-            state.to(device, dtype)
+        # An attribute, so that a recorded step sees what it takes for granted of it.
+        self.state = objective.state if isinstance(objective, RowObjective) else None
+        if self.state is not None:
+            self.state.to(device, dtype)
 
     @property
     def weight(self) -> float:
@@ -72,11 +75,6 @@ class Training:
         if self._weight is None:
             raise ValueError("without a warm-up the weight is 1: Training(warmup=)")
         self._weight.fill_(weight)
-
-    @property
-    def state(self) -> nn.Module | None:
-        """What the objective itself learns, or changes over training."""
-        return self.objective.state if isinstance(self.objective, RowObjective) else None
 
     @property
     def ends(self) -> float:
