@@ -35,6 +35,9 @@ class TopDown(AmortizedGuide):
     :mod:`ppl_vae.residual` do: then they are features of one level after the other, and each site
     reads those of one, in the order of drawing.
 
+    Train it with a warm-up of the KL, as the first paper does: since q follows p, no KL keeps noise
+    from being trained away before the encoder says anything, and then all levels collapse at once.
+
     Args:
         model: its local latents are normals without covariances, ``Normal(...).to_event()``. The
             guide runs it, but its parameters stay its own.

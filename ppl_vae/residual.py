@@ -49,7 +49,7 @@ class Residual(nn.Module):
 
     Shapes: ``(..., inputs)`` to the same. Source: He et al. 2016 (arXiv:1603.05027), fig. 4e, the
     activations in front; the last layer's weights are scaled at the start as in Child 2021
-    (arXiv:2011.10650), section 3.2, so that a sum over ``depth`` blocks keeps its size.
+    (arXiv:2011.10650), so that a sum over ``depth`` blocks keeps its size.
 
     Args:
         shape: of the maps.
@@ -88,7 +88,7 @@ def shrink(maps: Maps, depth: int) -> None:
 class TopDownBlock(nn.Module):
     """A level on the way down: a latent's distribution given the state, and the state after it.
 
-    Source: Child 2021 (arXiv:2011.10650), section 3.2 and fig. 3, without the part that draws from
+    Source: Child 2021 (arXiv:2011.10650), fig. 3, without the part that draws from
     the posterior, which is a guide's; normals over maps as in Kingma et al. 2016
     (arXiv:1606.04934), section 4.
 
@@ -122,7 +122,7 @@ class Ladder(nn.Module):
         d_1 = rung_1(x),  d_2 = rung_2(d_1), ...;  features: d_L, ..., d_1
 
     Shapes: ``(..., inputs)`` to ``(..., outputs)``, the features of all levels joined, top first.
-    Source: Sønderby et al. 2016 (arXiv:1602.02282), eq. 11.
+    Source: Sønderby et al. 2016 (arXiv:1602.02282), section 2.1.
 
     Args:
         inputs: width of x.
