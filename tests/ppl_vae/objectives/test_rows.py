@@ -66,6 +66,22 @@ def with_data_masked(ppca):
     return Missing()(model), guide, x
 
 
+def with_weights(ppca):
+    """Two observed sites, of which one counts less; a latent that counts more."""
+    _, guide, x = ppca
+    net = nn.Linear(2, 3)
+
+    def model(x, total=None):
+        with pyro.plate("data", total or len(x), subsample=torch.arange(len(x))):
+            with poutine.scale(scale=2.0):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+            with poutine.scale(scale=0.5):
+                pyro.sample("y", dist.Laplace(net(z), 1.0).to_event(1), obs=x)
+
+    return model, poutine.scale(guide, scale=2.0), x
+
+
 PAIRS = {
     "one site": of_ppca,
     "global": of_global,
@@ -78,6 +94,7 @@ PAIRS = {
         lambda program: poutine.mask(program, mask=torch.tensor([True, False, True, False]))
     ),
     "data masked": with_data_masked,
+    "sites weighted": with_weights,
 }
 
 
