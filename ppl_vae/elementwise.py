@@ -108,7 +108,7 @@ class RationalQuadratic(Elementwise):
         c = -piece.slope * rise
         # Never negative but by rounding; kept off 0, where the root has no gradient.
         discriminant = (b**2 - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny)
-        theta = 2 * c / (-b - discriminant.sqrt())
+        theta = (2 * c / (-b - discriminant.sqrt())).clamp(0, 1)  # rounding may leave the bin
         return self._or_identity(y, piece.x + theta * piece.width, piece.log_slope(theta))
 
     def _or_identity(

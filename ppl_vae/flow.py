@@ -100,7 +100,7 @@ class RawNumbers(nn.Module):
     Args:
         context: width of the context; 0 for none.
         hidden: hidden widths of the net from it.
-        start: where all numbers begin, but for a small random part, at which each has a gradient.
+        start: where the numbers begin, but for a small random part that parts steps alike.
     """
 
     def __init__(self, context: int, hidden: Sequence[int], start: Tensor) -> None:

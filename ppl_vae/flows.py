@@ -113,7 +113,7 @@ class Householder(Flow):
     """
 
     def __init__(
-        self, size: int, context: int = 0, *, layers: int = 8, hidden: Sequence[int] = ()
+        self, size: int, context: int = 0, *, layers: int = 4, hidden: Sequence[int] = ()
     ) -> None:
         super().__init__(size, context, layers=layers)
         pairs = torch.randn((layers + 1) // 2, size).repeat_interleave(2, 0)

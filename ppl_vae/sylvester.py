@@ -69,7 +69,7 @@ class Sylvester(Flow):
         self.parts = [self.vectors * size, self.width, self.width, self.width, pairs, pairs]
         start = [torch.zeros(layers, part) for part in self.parts]
         start[0] = torch.randn(layers, self.parts[0])
-        start[3] += 1  # R is 0, so S must not be, or neither had a gradient
+        start[3] += 1  # S away from 0, since R begins near it, and learns by S
         self.raw = RawNumbers(context, hidden, torch.cat(start, -1))
 
     def transforms(self, context: Tensor | None) -> list[Transform]:

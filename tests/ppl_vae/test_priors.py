@@ -164,6 +164,8 @@ def test_autoregressive_is_the_product_of_its_conditionals(components: int) -> N
     """Each a mixture by scipy's normals, which the latents before it, and no others, decide."""
     size = 4
     prior = Autoregressive(size, [7, 5], components=components)
+    locs = prior.net(torch.zeros(size)).reshape(3, components, size)[1]
+    assert (locs.diff(dim=0) > 0.3).all(), "components begin apart"
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
