@@ -238,7 +238,7 @@ def test_a_compiled_step_gives_the_same_numbers():
     losses = []
     for compile in (False, True):
         torch.manual_seed(0)
-        model, guide, x = linear(steps=2)
+        model, guide, x = linear(steps=1)
         optimizer = torch.optim.Adam(parameters(model, guide), 1e-2)
         svi = SVI(model, guide, optimizer, Trace_ELBO(), compile=compile)
         torch.manual_seed(1)
