@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 
 from ppl_vae.conditionals import Normal
 from ppl_vae.guide import SiteBySite
-from ppl_vae.model import GenerativeModel
 from ppl_vae.nn import MLP
 
 
@@ -21,7 +22,7 @@ class Autoregressive(SiteBySite):
     two-level inference model of Tomczak & Welling 2018 (arXiv:1705.07120), eq. 14-15.
 
     Args:
-        model, encoder, args, kwargs: as :class:`~ppl_vae.guide.AmortizedGuide`.
+        args, kwargs: model, encoder and example, as :class:`~ppl_vae.guide.AmortizedGuide`.
         hidden: width of each MLP's hidden layer; None: as many as there are features.
 
     Raises:
@@ -29,18 +30,11 @@ class Autoregressive(SiteBySite):
         ValueError: ``hidden`` below 1.
     """
 
-    def __init__(
-        self,
-        model: GenerativeModel,
-        encoder: nn.Module,
-        *args: Tensor | None,
-        hidden: int | None = None,
-        **kwargs: Tensor | None,
-    ) -> None:
+    def __init__(self, *args: Any, hidden: int | None = None, **kwargs: Any) -> None:
         if hidden is not None and hidden < 1:
             raise ValueError(f"Autoregressive(hidden={hidden}): expected a width of at least 1")
         self.hidden = hidden
-        super().__init__(model, encoder, *args, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def head(self, size: int, context: int) -> nn.Module:
         return Normal(MLP(context, self.hidden or self.features, 2 * size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from ppl_vae.conditionals import Conditional, positive
 from ppl_vae.guide import SiteBySite
-from ppl_vae.model import GenerativeModel
 
 
 class Mixture(SiteBySite):
@@ -26,7 +26,7 @@ class Mixture(SiteBySite):
     a posterior of two equal modes, 14 left less than a tenth to one of them; with weights 1/K, 2.
 
     Args:
-        model, encoder, args, kwargs: as :class:`~ppl_vae.guide.AmortizedGuide`.
+        args, kwargs: model, encoder and example, as :class:`~ppl_vae.guide.AmortizedGuide`.
         components: K of each site.
         learned_weights: whether the weights w depend on x too, or are 1/K.
 
@@ -36,18 +36,12 @@ class Mixture(SiteBySite):
     """
 
     def __init__(
-        self,
-        model: GenerativeModel,
-        encoder: nn.Module,
-        *args: Tensor | None,
-        components: int = 4,
-        learned_weights: bool = False,
-        **kwargs: Tensor | None,
+        self, *args: Any, components: int = 4, learned_weights: bool = False, **kwargs: Any
     ) -> None:
         if components < 1:
             raise ValueError(f"Mixture(components={components}): expected at least 1")
         self.components, self.learned_weights = components, learned_weights
-        super().__init__(model, encoder, *args, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def head(self, size: int, context: int) -> nn.Module:
         locs = self.components * size

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ppl_vae.flows import Flow, FlowNormal, InverseAutoregressive
 from ppl_vae.guide import SiteBySite
-from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import PairError
 
 
@@ -21,7 +21,7 @@ class NormalizingFlow(SiteBySite):
     (arXiv:1505.05770), section 4; with the default flow, Kingma et al. 2016 (arXiv:1606.04934).
 
     Args:
-        model, encoder, args, kwargs: as :class:`~ppl_vae.guide.AmortizedGuide`.
+        args, kwargs: model, encoder and example, as :class:`~ppl_vae.guide.AmortizedGuide`.
         flow: makes a flow from a number of coordinates and the width of the context, as
             ``partial(Planar, layers=16)`` does; :mod:`ppl_vae.flows` says which to take.
 
@@ -31,15 +31,10 @@ class NormalizingFlow(SiteBySite):
     """
 
     def __init__(
-        self,
-        model: GenerativeModel,
-        encoder: nn.Module,
-        *args: Tensor | None,
-        flow: Callable[[int, int], Flow] = InverseAutoregressive,
-        **kwargs: Tensor | None,
+        self, *args: Any, flow: Callable[[int, int], Flow] = InverseAutoregressive, **kwargs: Any
     ) -> None:
         self.flow = flow  # before the base class builds the heads
-        super().__init__(model, encoder, *args, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def head(self, size: int, context: int) -> nn.Module:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -47,6 +49,7 @@ class SemiAmortized(AmortizedGuide):
 
     signs: Tensor
     log_rate: Tensor
+    refining = False  # a prior that is made of this guide's posterior would lead here again
 
     def __init__(
         self,
@@ -85,24 +88,14 @@ class SemiAmortized(AmortizedGuide):
         self.sizes = [unconstrained_size(site) for site in self.local_sites.values()]
         self.head = nn.Linear(self.features, 2 * sum(self.sizes))
 
-    def forward(
-        self,
-        *args: Tensor | None,
-        n: int | None = None,
-        total: int | None = None,
-        **kwargs: Tensor | None,
+    def draw_rows(
+        self, given: Mapping[str, Tensor], shared: Mapping[str, Tensor], **sizes: Any
     ) -> None:
-        given = by_name(self.names, args, kwargs)
         local = self.refine(given)  # before the plate of rows, since the model enters its own
-        if self.global_sites:
-            self.global_guide(n=n, total=total, **given)
-        with self.rows(*given.values(), n=n, total=total):
-            self.sample_rows(local, given)
-
-    def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:
-        for name, q in self.distributions(features).items():
-            if name not in given:
-                pyro.sample(name, q)
+        with self.rows(*given.values(), **sizes):
+            for name, q in self.distributions(local).items():
+                if name not in given:
+                    pyro.sample(name, q)
 
     def distributions(self, local: Tensor) -> dict[str, TorchDistribution]:
         """q of each local site, from the rows' parameters ``(..., 2 * U)``."""
@@ -116,9 +109,14 @@ class SemiAmortized(AmortizedGuide):
 
     def refine(self, given: Mapping[str, Tensor]) -> Tensor:
         """The rows' parameters after the steps, ``(rows, 2 * U)``, for observables ``given``."""
+        if self.refining:
+            raise PairError(
+                "SemiAmortized: the model's prior asks for this guide's posterior, whose steps run "
+                "the model: give a VampPrior the posterior of another guide, such as MeanField"
+            )
         features = self.encode(given)
         local, learning = self.head(features).to(features.dtype), torch.is_grad_enabled()
-        with poutine.block(), torch.enable_grad(), AtCenters():
+        with poutine.block(), torch.enable_grad(), AtCenters(), self._refining():
             known = dict(given) | (self.global_guide(**given) if self.global_sites else {})
             local = local + torch.zeros_like(local).requires_grad_()  # the encoder may be frozen
             for signs in self.signs:
@@ -129,6 +127,14 @@ class SemiAmortized(AmortizedGuide):
                     gradient = gradient * self.max_grad_norm / norm.clamp(min=self.max_grad_norm)
                 local = local + self.log_rate.exp() * gradient
         return local if learning else local.detach()
+
+    @contextmanager
+    def _refining(self) -> Iterator[None]:
+        self.refining = True
+        try:
+            yield
+        finally:
+            self.refining = False
 
     def _elbo(self, local: Tensor, signs: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """The sum of the rows' ELBO, up to terms that no local parameter changes."""

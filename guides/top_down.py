@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -68,12 +69,7 @@ class TopDown(AmortizedGuide):
         waiting = dict(self.local_sites)
         for name, node in sample_nodes(trace):
             if waiting.pop(name, None):
-                if not isinstance(family := entries(node["fn"]), dist.Normal):
-                    raise PairError(
-                        f"TopDown: site {name!r} is {type(family).__name__}, which does not merge "
-                        "with evidence: expected Normal(...).to_event(); take another guide, such "
-                        "as MeanField"
-                    )
+                _normal(name, node["fn"])
             elif waiting and node["infer"].get("enumerate") and not node["is_observed"]:
                 raise PairError(
                     f"TopDown: site {name!r} is enumerated, but {', '.join(waiting)} may depend on "
@@ -97,33 +93,28 @@ class TopDown(AmortizedGuide):
             }
         )
 
-    def forward(
-        self,
-        *args: Tensor | None,
-        n: int | None = None,
-        total: int | None = None,
-        **kwargs: Tensor | None,
+    def draw_rows(
+        self, given: Mapping[str, Tensor], shared: Mapping[str, Tensor], **sizes: Any
     ) -> None:
-        given = by_name(self.names, args, kwargs)
-        shared = self.global_guide(n=n, total=total, **given) if self.global_sites else {}
-        self.sample_rows(self.encode(given), given, shared, n=n, total=total)
-
-    def sample_rows(
-        self,
-        features: Tensor,
-        given: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor] | None = None,
-        **sizes: int | None,
-    ) -> None:
-        count = len(self.local_sites)
+        features, count = self.encode(given), len(self.local_sites)
         parts = [features] * count if self.splits is None else features.split(self.splits, -1)
         replace = {
-            name: partial(self._merged, self.heads[name](part).to(part.dtype))
+            name: partial(self._merged, name, self.heads[name](part).to(part.dtype))
             for name, part in zip(self.local_sites, parts, strict=True)
             if name not in given
         }
-        run_as_guide(self.model[0], replace, shared or {}, **given, **sizes)
+        run_as_guide(self.model[0], replace, shared, **given, **sizes)
 
-    def _merged(self, evidence: Tensor, p: TorchDistribution) -> TorchDistribution:
+    def _merged(self, name: str, evidence: Tensor, p: TorchDistribution) -> TorchDistribution:
         loc, raw = (e.reshape(*e.shape[:-1], *p.event_shape) for e in evidence.chunk(2, -1))
-        return MERGES[self.merge](entries(p), loc, raw).to_event(p.event_dim)
+        return MERGES[self.merge](_normal(name, p), loc, raw).to_event(p.event_dim)
+
+
+def _normal(name: str, p: TorchDistribution) -> dist.Normal:
+    """The entries of a site's distribution, if they are normal: a prior may be changed later."""
+    if not isinstance(family := entries(p), dist.Normal):
+        raise PairError(
+            f"TopDown: site {name!r} is {type(family).__name__}, which does not merge with "
+            "evidence: expected Normal(...).to_event(); take another guide, such as MeanField"
+        )
+    return family

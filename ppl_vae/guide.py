@@ -90,7 +90,7 @@ class AmortizedGuide(Program):
     encoder's context, joined on the last dim, and must be given at each call.
 
     To implement: ``build``, which makes the heads from ``self.local_sites`` (in the model's order)
-    and ``self.features``, and ``sample_rows``, which draws the local sites.
+    and ``self.features``, and ``sample_rows``, which draws the local sites, or ``draw_rows``.
 
     Args:
         model: the model whose sites are read; its parameters stay its own.
@@ -154,9 +154,17 @@ class AmortizedGuide(Program):
         **kwargs: Tensor | None,
     ) -> None:
         given = by_name(self.names, args, kwargs)
-        if self.global_sites:
-            self.global_guide(n=n, total=total, **given)
-        with self.rows(*given.values(), n=n, total=total):
+        shared = self.global_guide(n=n, total=total, **given) if self.global_sites else {}
+        self.draw_rows(given, shared, n=n, total=total)
+
+    def draw_rows(
+        self, given: Mapping[str, Tensor], shared: Mapping[str, Tensor], **sizes: Any
+    ) -> None:
+        """Draw the local sites in a plate of these ``sizes``, global ones (``shared``) being drawn.
+
+        For guides that do more than to draw from the encoder's features.
+        """
+        with self.rows(*given.values(), **sizes):
             self.sample_rows(self.encode(given), given)
 
     def encode(self, given: Mapping[str, Tensor]) -> Tensor:
@@ -169,9 +177,9 @@ class AmortizedGuide(Program):
         joined = join(*(given[name] for name in self.context))
         return self.encoder(joined).to(joined.dtype)
 
-    @abstractmethod
     def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:
         """Draw each local site that is not in ``given``, from features ``(rows, features)``."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither this nor draw_rows")
 
     def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         """q(z | x) of the one local site, where the family has it in closed form.

@@ -230,7 +230,7 @@ class Recomputed(nn.Module):
                 "entries when computed again; recompute the parts between"
             )
         self.net = net
-        for name in ("inputs", "outputs"):
+        for name in ("inputs", "outputs", "feature_shapes"):
             if (stated := getattr(net, name, None)) is not None:
                 setattr(self, name, stated)
 
