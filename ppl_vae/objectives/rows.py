@@ -40,7 +40,7 @@ class RowTerms:
     Attributes:
         reconstruction: log p(x | z), all observed sites.
         log_p, log_q: of each local latent, without its weight.
-        weights: of the KL of each local latent: a number or ``()``.
+        weights: of the KL of each local latent: a number, ``()`` or ``(rows,)``.
         scale: what a row counts for: a number, ``()`` or ``(rows,)``.
         shared: log p - log q of the draws of sites outside the plate, scaled: ``()``.
         draws: K.
@@ -174,6 +174,13 @@ class RowTerms:
         """Values ``(K, rows, ...)`` averaged over draws and rows, by what rows count: ``(...)``."""
         share = self._scales() / self.size
         return (values.mean(0) * share.reshape(-1, *(1,) * (values.dim() - 2))).sum(0)
+
+    def mean_weight(self, name: str) -> Number:
+        """The weight of a local latent's KL, averaged over rows: a number or ``()``."""
+        weight = self.weights[name]
+        if not isinstance(weight, Tensor) or weight.dim() == 0:
+            return weight
+        return self.mean(weight.expand(1, self.rows))
 
     @property
     def size(self) -> Tensor:

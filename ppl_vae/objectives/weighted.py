@@ -128,14 +128,14 @@ class FreeBits(RowObjective):
     def _of_each(self, terms: RowTerms) -> Tensor:
         of_group = terms.kl_per_latent if self.per == "latent" else terms.kl
         floored = (
-            weight * terms.mean(of_group(name)).clamp(min=self.nats).sum()
-            for name, weight in terms.weights.items()
+            terms.mean_weight(name) * terms.mean(of_group(name)).clamp(min=self.nats).sum()
+            for name in terms.weights
         )
         return sum(floored, terms.reconstruction.new_zeros(()))
 
     def _of_all(self, terms: RowTerms) -> Tensor:
         kl = sum(map(terms.kl, terms.weights), torch.zeros_like(terms.reconstruction))
-        weight = sum(terms.weights.values(), 0.0) / max(len(terms.weights), 1)
+        weight = sum(map(terms.mean_weight, terms.weights), 0.0) / max(len(terms.weights), 1)
         free = terms.mean(kl) < self.nats
         return torch.where(free, weight * self.nats, terms.mean(terms.weighted_kl()))
 

@@ -15,6 +15,7 @@ from ppl_vae.conditionals import Conditional
 from ppl_vae.guide import Factorized
 from ppl_vae.objectives import Beta, BetaTC, FactorVAE
 from ppl_vae.svi import parameters
+from ppl_vae.training import Training
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROWS, TOTAL = 4, 10
@@ -74,8 +75,14 @@ def test_the_parts_add_up_to_the_kl_of_the_draws(ppca, losses, noise, estimator)
     assert sum(found) == pytest.approx(kl.item() / ROWS, rel=1e-10)
     loss, gradients = losses(objective(), model, guide, x, total=TOTAL)
     assert loss == pytest.approx(TOTAL / ROWS * (kl - seen).item(), rel=1e-12)
-    expected = torch.autograd.grad(TOTAL / ROWS * (kl - seen), parameters(model, guide))
+    expected = torch.autograd.grad(
+        TOTAL / ROWS * (kl - seen), parameters(model, guide), retain_graph=True
+    )
     torch.testing.assert_close(gradients, list(expected))
+    training = Training(objective(), TOTAL)
+    training.weight = 0.3
+    loss, _ = losses(training, model, guide, x, total=TOTAL)
+    assert loss == pytest.approx((0.3 * kl - seen).item() / ROWS, rel=1e-12)
 
 
 def by_hand(q, z, weights):

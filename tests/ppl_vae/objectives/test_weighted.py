@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -147,6 +148,20 @@ def test_free_bits_bound_the_batchs_mean_kl_of_a_group_from_below(hand, per, sha
     training = Training(objective, TOTAL)
     training.weight = 0.3
     hand.check(training, lambda r, kl: 0.3 * GROUPS[per](kl, nats) - r.mean(), draws)
+
+
+@pytest.mark.parametrize("per", GROUPS)
+def test_the_mean_is_by_what_rows_count(hand, per):
+    counts = torch.tensor([1.0, 2.0, 0.5, 4.0])
+    share = counts / counts.sum()
+    kl = (share.unsqueeze(-1) * hand.kl).sum(0, keepdim=True)
+    programs = [poutine.scale(program, scale=counts) for program in (hand.model, hand.guide)]
+    eps = torch.randn(1, ROWS, 2)
+    for nats in (0.5 * kl.max().item(), 2 * kl.sum().item()):
+        hand.noise(eps)
+        loss = FreeBits(nats, per).loss(*programs, hand.x).item()
+        bound = counts.sum() * GROUPS[per](kl, nats) - (counts * hand.reconstruction(eps)).sum()
+        assert loss == pytest.approx(bound.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("per", GROUPS)
