@@ -43,15 +43,14 @@ class _Penalized(RowObjective):
 
 
 class BetaTC(RowObjective):
-    """The KL in three parts, with the total correlation weighted by beta (Chen et al. 2018,
-    arXiv:1802.04942, eq. 2 and 4).
+    """The KL in three parts, each with a weight of its own, as in the beta-TCVAE.
 
         E_q log p(x | z) - alpha I(x; z) - beta TC(z) - gamma sum_d KL(q(z_d) || p(z_d))
 
-    The densities of the aggregate posterior are estimated from the batch: "weighted" is the paper's
-    minibatch-weighted sampling (eq. 3), too low by about the logarithm of the number of batches;
-    "stratified" (its appendix C.2) is unbiased in the density. One latent site, a diagonal normal
-    in the guide.
+    Source: Chen et al. 2018 (arXiv:1802.04942), eq. 2 and 4. The densities of the aggregate
+    posterior are estimated from the batch: "weighted" is the paper's minibatch-weighted sampling
+    (eq. 3), too low by about the logarithm of the number of batches; "stratified" (its appendix
+    C.2) is unbiased in the density. One latent site, a diagonal normal in the guide.
 
     Args:
         beta, alpha, gamma: the weights; all 1 is an ELBO.
@@ -119,12 +118,12 @@ class BetaTC(RowObjective):
 
 
 class FactorVAE(_Penalized):
-    """The ELBO minus gamma times the total correlation, by a discriminator's density ratio (Kim &
-    Mnih 2018, arXiv:1802.05983, eq. 2-3).
+    """The ELBO minus gamma times the total correlation, by a discriminator's density ratio.
 
-    The discriminator learns, at the pair's own learning rate and in the same step, to tell draws of
-    q(z) from draws whose coordinates are permuted over the batch. Outside of ``fit``, a torch
-    optimizer has to be given its parameters too, ``state.parameters()``.
+    Source: Kim & Mnih 2018 (arXiv:1802.05983), eq. 2-3. The discriminator learns, at the pair's own
+    learning rate and in the same step, to tell draws of q(z) from draws whose coordinates are
+    permuted over the batch. Outside of ``fit``, a torch optimizer has to be given its parameters
+    too, ``state.parameters()``.
 
     Args:
         discriminator: net ``(rows, Z)`` to ``(rows, 1)``, the logit of a draw that is not permuted.
@@ -161,13 +160,13 @@ class FactorVAE(_Penalized):
 
 
 class DIPVAE(_Penalized):
-    """The ELBO minus the distance of the aggregate posterior's covariance from the identity (Kumar
-    et al. 2018, arXiv:1711.00848, eq. 6-7).
+    """The ELBO minus the distance of the aggregate posterior's covariance from the identity.
 
         lambda_od sum_{i != j} C_ij^2 + lambda_d sum_i (C_ii - 1)^2
 
-    C is the covariance over the batch of the posterior means ("I"), or of q(z), which adds the mean
-    of the posterior variances ("II"). One latent site, a diagonal normal in the guide.
+    Source: Kumar et al. 2018 (arXiv:1711.00848), eq. 6-7. C is the covariance over the batch of the
+    posterior means ("I"), or of q(z), which adds the mean of the posterior variances ("II"). One
+    latent site, a diagonal normal in the guide.
 
     Args:
         off_diagonal, diagonal: lambda_od and lambda_d.
@@ -208,15 +207,15 @@ class DIPVAE(_Penalized):
 
 
 class InfoVAE(_Penalized):
-    """Part of the KL exchanged for the maximum mean discrepancy of q(z) from the prior (Zhao et al.
-    2019, arXiv:1706.02262, eq. 6).
+    """Part of the KL exchanged for the maximum mean discrepancy of q(z) from the prior.
 
         E_q log p(x | z) - (1 - alpha) KL(q(z | x) || p(z)) - (alpha + lambda - 1) MMD(q(z), p(z))
 
-    The unbiased estimate of the squared MMD, from a batch's draws and as many of the prior, with a
-    sum of inverse multiquadratic kernels ``c / (c + |z - z'|^2)``, c from 0.1 to 10 times 2 Z
-    (Tolstikhin et al. 2018, arXiv:1711.01558, section 4). With alpha = 1 it is a Wasserstein
-    autoencoder's penalty. A batch of a single row, which has no such estimate, goes without it.
+    Source: Zhao et al. 2019 (arXiv:1706.02262), eq. 6. The unbiased estimate of the squared MMD,
+    from a batch's draws and as many of the prior, with a sum of inverse multiquadratic kernels ``c
+    / (c + |z - z'|^2)``, c from 0.1 to 10 times 2 Z (Tolstikhin et al. 2018, arXiv:1711.01558,
+    section 4). With alpha = 1 it is a Wasserstein autoencoder's penalty. A batch of a single row,
+    which has no such estimate, goes without it.
 
     Args:
         alpha: how much of the KL is given up, from 0 to 1.

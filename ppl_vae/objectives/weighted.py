@@ -38,13 +38,13 @@ class Beta(RowObjective):
 
 
 class Capacity(RowObjective):
-    """The KL held at a capacity that grows over training (Burgess et al. 2018, arXiv:1804.03599,
-    eq. 8).
+    """The KL, held at a capacity that grows over training (Burgess et al. 2018, arXiv:1804.03599).
 
         E_q log p(x | z) - gamma |KL(q(z | x) || p(z)) - C|
 
-    C rises in a straight line from 0 to ``nats`` over ``epochs``, then stays; the KL is that of a
-    row, the mean of its draws where it has no closed form. It replaces a warm-up.
+    Equation 8 of the paper. C rises in a straight line from 0 to ``nats`` over ``epochs``, then
+    stays; the KL is that of a row, the mean of its draws where it has no closed form. It replaces a
+    warm-up.
 
     Args:
         nats: the last C.
@@ -96,13 +96,13 @@ class Capacity(RowObjective):
 
 
 class FreeBits(RowObjective):
-    """The ELBO whose KL counts as at least ``nats`` in each group of latents (Kingma et al. 2016,
-    arXiv:1606.04934, eq. 15).
+    """The ELBO, whose KL counts as at least some nats in each group of latents.
 
         E_q log p(x | z) - sum_groups max(nats, mean over the batch of KL_group)
 
     A group is a coordinate ("latent": diagonal normals only), a site ("site"), or all latents of a
-    row together ("all": a minimum of the whole KL). A warm-up multiplies what a group counts as.
+    row together ("all": a minimum of the whole KL). Source: Kingma et al. 2016 (arXiv:1606.04934),
+    eq. 15. A warm-up multiplies what a group counts as.
 
     Raises:
         ValueError: another ``per``, negative nats, or draws below 1.

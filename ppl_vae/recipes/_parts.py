@@ -19,11 +19,10 @@ from ppl_vae.recipes import Experiment
 Guide = Callable[..., AmortizedGuide]
 
 COMPARED: dict[str, Any] = {
-    "epochs": 400,
+    "epochs": 200,
     "batch_size": 50,
     "learning_rate": 1e-3,
     "warmup": 20,
-    "patience": 50,
 }
 """How families are fitted to the digits: all alike, so that their figures can be compared."""
 

@@ -17,7 +17,7 @@ def vamp_digits(*, components: int = 50, latents: int = 10, hidden: int = 128) -
     """VAE of the embedded digits with a VampPrior, whose pseudo-inputs start at training rows.
 
     Tomczak & Welling 2018 (arXiv:1705.07120). No published figure for these data; vae-digits with
-    the same settings (--epochs 400 --learning_rate 1e-3 --warmup 20 --patience 50) is the plain
+    the same settings (--epochs 200 --learning_rate 1e-3 --warmup 20) is the plain
     one.
 
     Args:
