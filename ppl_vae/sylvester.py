@@ -59,7 +59,7 @@ class Sylvester(Flow):
         ):
             raise ValueError(
                 f"Sylvester(size={size}, kind={kind!r}, vectors={vectors}): expected 1 to {size} "
-                "orthonormal columns, or at least 1 reflection, and none where Q is triangular"
+                "orthonormal columns, at least 1 reflection, or none for 'triangular'"
             )
         self.kind: Kind = kind
         self.vectors = 0 if kind == "triangular" else vectors or min(size, 8)
@@ -81,10 +81,8 @@ class Sylvester(Flow):
         vectors = vectors.unflatten(-1, (self.vectors, self.size))
         bases = orthonormal(vectors) if self.kind == "orthogonal" else vectors
         steps: list[Transform] = []
-        for layer in range(self.layers):
-            r, s, b, q = (
-                t.select(-2 if t is bias else -3, layer) for t in (outer, inner, bias, bases)
-            )
+        matrices = (matrix.unbind(-3) for matrix in (outer, inner, bases))
+        for layer, (b, r, s, q) in enumerate(zip(bias.unbind(-2), *matrices, strict=True)):
             if self.kind == "orthogonal":
                 steps.append(SylvesterStep(r, s, b, q.mT))
             elif self.kind == "householder":

@@ -397,7 +397,7 @@ def test_gram_schmidt_is_orthonormal_where_vectors_nearly_coincide() -> None:
         (lambda: Sylvester(4, kind="diagonal"), r"kind='diagonal'\): expected one of"),  # pyright: ignore[reportArgumentType]
         (lambda: Sylvester(4, vectors=5), r"vectors=5\): expected 1 to 4 orthonormal"),
         (lambda: Sylvester(4, vectors=0), r"vectors=0\): expected 1 to 4 orthonormal"),
-        (lambda: Sylvester(4, kind="triangular", vectors=2), r"none where Q is triangular"),
+        (lambda: Sylvester(4, kind="triangular", vectors=2), r"or none for 'triangular'"),
         (lambda: RationalQuadratic(bins=1), r"bins=1, bound=5.0\): expected 2 to 500"),
         (lambda: Affine(0.0), r"Affine\(bound=0.0\): expected a positive"),
         (lambda: Planar(2)(torch.ones(3)), r"width 0 \(0: none\), and was given one of 3"),
