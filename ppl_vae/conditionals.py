@@ -105,7 +105,8 @@ def unconstrain(value: Tensor, support: Constraint, event_shape: torch.Size) -> 
 
 def is_real(support: Constraint) -> bool:
     """Whether ``support`` is all of the reals, whatever its event dims."""
-    return entrywise(support) is constraints.real
+    # By type, since a copied module holds copies of constraints too.
+    return isinstance(entrywise(support), type(constraints.real))
 
 
 def entrywise(support: Constraint) -> Constraint:

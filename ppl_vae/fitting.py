@@ -23,7 +23,7 @@ from ppl_vae.feed import feed_for
 from ppl_vae.launch import launch
 from ppl_vae.loop import interruption, train
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import Objective, Schedule
+from ppl_vae.objectives import Objective, RowObjective, Schedule
 from ppl_vae.progress import tensorboard_writer, training_progress
 from ppl_vae.replicas import Together, folders, pairs, start
 from ppl_vae.run import Run
@@ -108,7 +108,7 @@ def fit(
         patience: stop after so many epochs without a better validation ELBO, counted from the
             end of the warm-up, and keep the best weights. None: no early stopping.
         accumulate: run each batch in so many parts, one after the other, and add up their
-            gradients: less memory, the same mean.
+            gradients: less memory, and the same mean where an objective takes each row by itself.
         device: "auto", "cpu" or "cuda".
         devices: on each machine; each has a process, a worker. See below.
         num_nodes: machines.
@@ -163,7 +163,10 @@ def fit(
     for program in itertools.chain(*copies):
         program.to(fabric.device, dtype).train()
     model, guide = copies[0]
-    workers = Several(fabric, model, guide) if fabric.world_size > 1 else Alone()
+    trained = [model, guide]
+    if isinstance(objective, RowObjective) and objective.state is not None:
+        trained.append(objective.state.to(fabric.device, dtype))
+    workers = Several(fabric, *trained) if fabric.world_size > 1 else Alone()
     dataset = as_dataset(data)
     rows = dataset.split("train")
     validation = dataset.split("validation") if "validation" in dataset.splits else None
@@ -269,10 +272,9 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"warmup={given['warmup']}: expected epochs, at least 0")
     if isinstance(given["objective"], RenyiELBO | ReweightedWakeSleep):
         raise ValueError(
-            f"objective={type(given['objective']).__name__}: it weighs a batch as a whole, where a "
-            "row needs weights of its own, and is not linear in log-probabilities, which fit "
-            "divides by the number of rows; take ppl_vae.objectives.IWAE or DReG, or run it with "
-            "ppl_vae.SVI"
+            f"objective={type(given['objective']).__name__}: it is not linear in "
+            "log-probabilities, which fit divides by the number of rows, so it would be another "
+            "objective; take ppl_vae.objectives.IWAE or DReG, or run it with ppl_vae.SVI"
         )
     if given["resume"] and given["out"] is None:
         raise ValueError("resume=True: give out=, the folder of the run to go on with")

@@ -23,11 +23,11 @@ def trial(svi: SVI) -> Iterator[None]:
     """Take back the steps inside: parameters, moments, buffers, running figures, random state.
 
     The programs' parameters exist already. Nothing is reduced: other workers need not take part.
-    Moments and averages that the steps make are left,
-    but at 0, where they start.
+    Moments and averages that the steps make are left, but at 0, where they start.
     """
     groups = [group for optimizer in _optimizers(svi) for group in optimizer.param_groups]
-    made, held, averages = _made_by_steps(svi), buffers(svi.model, svi.guide), _averages(svi)
+    made, averages = _made_by_steps(svi), _averages(svi)
+    held = buffers(svi.model, svi.guide, svi.loss)
     changing: list[Any] = [parameter for group in groups for parameter in group["params"]]
     changing += [*made, *(slot.tensor for slot in held), *vars(svi.loss).values()]
     before = Snapshot([value for value in changing if isinstance(value, Tensor)])

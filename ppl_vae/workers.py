@@ -97,7 +97,7 @@ class Alone:
 
 
 class Several(Alone):
-    """One of several processes, each with a copy of model and guide; all begin with the first's.
+    """One of several processes, each with a copy of what is trained; all begin with the first's.
 
     Floating-point buffers, such as running statistics of batch norm, are the first worker's after
     every step, as under torch's DistributedDataParallel: exact copies, so that constants among
@@ -105,22 +105,23 @@ class Several(Alone):
 
     Args:
         fabric: launched.
-        model, guide: on Fabric's device; all parameters that are trained have one dtype.
+        programs: model, guide and what an objective learns, on Fabric's device; all parameters that
+            are trained have one dtype.
 
     Raises:
         WorkerLost: here and in every method, if another worker has ended.
     """
 
-    def __init__(self, fabric: Fabric, model: nn.Module, guide: nn.Module) -> None:
+    def __init__(self, fabric: Fabric, *programs: nn.Module) -> None:
         super().__init__()
         self.rank, self.count = fabric.global_rank, fabric.world_size
-        self._programs = (model, guide)
-        self._trained: list[Tensor] = [*parameters(model, guide)]
+        self._programs = programs
+        self._trained: list[Tensor] = [*parameters(*programs)]
         self._rows = 0
         self._agreed: list[bool] = []
-        held = [*model.parameters(), *guide.parameters()]
+        held = [parameter for program in programs for parameter in program.parameters()]
         with self._connected(), torch.no_grad():
-            for tensor in (*held, *(slot.tensor for slot in buffers(model, guide))):
+            for tensor in (*held, *(slot.tensor for slot in buffers(*programs))):
                 distributed.broadcast(tensor, 0)
 
     def __exit__(

@@ -189,7 +189,7 @@ def test_an_aggregate_posterior_is_of_one_site(objective):
         (FreeBits(1.0), gamma, gamma, "'z' of the model is Gamma"),
         (FreeBits(1.0), mixture, plain_guide, "'z' of the model is MixtureSameFamily"),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_other_families_than_normals_are_refused_where_normals_are_needed(
     objective, model, guide, sentence
