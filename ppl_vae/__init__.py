@@ -43,8 +43,10 @@ _HOMES = {
 _MODULES = {
     "conditionals",
     "data",
+    "flows",
     "guides",
     "likelihoods",
+    "mixtures",
     "models",
     "nn",
     "objectives",

@@ -266,7 +266,7 @@ def test_the_random_state_of_the_caller_is_left_alone(data: dict[str, Tensor]) -
         ({"precision": "16"}, "precision='16': expected one of"),
         ({"device": "tpu"}, "device='tpu': expected auto, cpu or cuda"),
         ({"resume": True}, "resume=True: give out="),
-        ({"objective": RenyiELBO(num_particles=2)}, "objective=RenyiELBO: it weighs a batch"),
+        ({"objective": RenyiELBO(num_particles=2)}, "objective=RenyiELBO: it is not linear"),
         ({"seed": None}, "seed=None: expected a whole number"),
         ({"learning_rate": "a"}, "learning_rate='a': expected a positive number"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: expected a positive number"),
