@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro
 import torch
@@ -27,7 +27,7 @@ def trial(svi: SVI) -> Iterator[None]:
     """
     groups = [group for optimizer in _optimizers(svi) for group in optimizer.param_groups]
     made, averages = _made_by_steps(svi), _averages(svi)
-    held = buffers(svi.model, svi.guide, svi.loss)
+    held = buffers(svi.model, svi.guide, cast(Any, svi.loss))
     changing: list[Any] = [parameter for group in groups for parameter in group["params"]]
     changing += [*made, *(slot.tensor for slot in held), *vars(svi.loss).values()]
     before = Snapshot([value for value in changing if isinstance(value, Tensor)])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from ppl_vae.data import Dataset, load_data
@@ -30,6 +31,11 @@ COMPARED: dict[str, Any] = {
 def example(data: Dataset, rows: int = 2) -> Tensor:
     """Some training rows, as a model takes them."""
     return data.split("train").batch(slice(0, rows))["x"]
+
+
+def posterior(made: Experiment) -> Callable[[Tensor], TorchDistribution]:
+    """q(z | x) of a derived guide, for a VampPrior."""
+    return cast(AmortizedGuide, made.guide).posterior
 
 
 def width(data: Dataset) -> int:

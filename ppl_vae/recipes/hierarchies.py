@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -88,7 +88,7 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = _hvae(load_data("static_mnist"), latents, hidden)
-    top = made.guide.conditionals["z2"]
+    top = cast(Factorized, made.guide).conditionals["z2"]
     made.model.prior = VampPrior.from_noise(top, width(made.data), components)
     return made
 

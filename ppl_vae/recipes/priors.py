@@ -10,7 +10,7 @@ from ppl_vae.flows import Coupling, MaskedAutoregressive
 from ppl_vae.mixtures import MixtureOfGaussians, VampPrior
 from ppl_vae.priors import Autoregressive, FlowPrior
 from ppl_vae.recipes import Experiment
-from ppl_vae.recipes._parts import digits, example, gated
+from ppl_vae.recipes._parts import digits, example, gated, posterior
 
 
 def vamp_digits(*, components: int = 50, latents: int = 10, hidden: int = 128) -> Experiment:
@@ -28,7 +28,7 @@ def vamp_digits(*, components: int = 50, latents: int = 10, hidden: int = 128) -
     made = digits(latents, hidden)
     rows = example(made.data, len(made.data.split("train")))
     made.model.prior = VampPrior.from_data(
-        made.guide.posterior, rows, components, noise=0.5, bounds=(0.0, 16.0)
+        posterior(made), rows, components, noise=0.5, bounds=(0.0, 16.0)
     )
     return made
 
@@ -126,5 +126,5 @@ def vamp_omniglot(*, components: int = 1000, latents: int = 40, hidden: int = 30
 def _vamp(made: Experiment, components: int) -> Experiment:
     """Pseudo-inputs start as in the paper's code, at a grey of 0.05 with little noise."""
     inputs = example(made.data).shape[-1]
-    made.model.prior = VampPrior.from_noise(made.guide.posterior, inputs, components)
+    made.model.prior = VampPrior.from_noise(posterior(made), inputs, components)
     return made
