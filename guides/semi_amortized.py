@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ppl_vae.centers import AtCenters
 from ppl_vae.conditionals import constrained, positive
 from ppl_vae.guide import AmortizedGuide, unconstrained_size
-from ppl_vae.model import GenerativeModel, by_name, own_parameters
+from ppl_vae.model import ROWS, GenerativeModel, by_name, own_parameters
 from ppl_vae.sites import PairError, read_sites
 
 
@@ -49,7 +48,6 @@ class SemiAmortized(AmortizedGuide):
 
     signs: Tensor
     log_rate: Tensor
-    refining = False  # a prior that is made of this guide's posterior would lead here again
 
     def __init__(
         self,
@@ -109,14 +107,14 @@ class SemiAmortized(AmortizedGuide):
 
     def refine(self, given: Mapping[str, Tensor]) -> Tensor:
         """The rows' parameters after the steps, ``(rows, 2 * U)``, for observables ``given``."""
-        if self.refining:
+        if any(getattr(handler, "name", "") == ROWS for handler in poutine.runtime._PYRO_STACK):
             raise PairError(
                 "SemiAmortized: the model's prior asks for this guide's posterior, whose steps run "
                 "the model: give a VampPrior the posterior of another guide, such as MeanField"
             )
         features = self.encode(given)
         local, learning = self.head(features).to(features.dtype), torch.is_grad_enabled()
-        with poutine.block(), torch.enable_grad(), AtCenters(), self._refining():
+        with poutine.block(), torch.enable_grad(), AtCenters():
             known = dict(given) | (self.global_guide(**given) if self.global_sites else {})
             local = local + torch.zeros_like(local).requires_grad_()  # the encoder may be frozen
             for signs in self.signs:
@@ -127,14 +125,6 @@ class SemiAmortized(AmortizedGuide):
                     gradient = gradient * self.max_grad_norm / norm.clamp(min=self.max_grad_norm)
                 local = local + self.log_rate.exp() * gradient
         return local if learning else local.detach()
-
-    @contextmanager
-    def _refining(self) -> Iterator[None]:
-        self.refining = True
-        try:
-            yield
-        finally:
-            self.refining = False
 
     def _elbo(self, local: Tensor, signs: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         """The sum of the rows' ELBO, up to terms that no local parameter changes."""
