@@ -187,7 +187,10 @@ class AmortizedGuide(Program):
         Raises:
             TypeError: the family has none, or the model several local sites.
         """
-        raise TypeError(f"{type(self).__name__} has no tractable posterior")
+        raise TypeError(
+            f"{type(self).__name__} has no tractable posterior q(z | x) by itself: take a guide that "
+            "has one, such as MeanField"
+        )
 
     def only_site(self) -> Site:
         """The one local site.
