@@ -188,8 +188,8 @@ class AmortizedGuide(Program):
             TypeError: the family has none, or the model several local sites.
         """
         raise TypeError(
-            f"{type(self).__name__} has no tractable posterior q(z | x): take a guide that has one, "
-            "such as MeanField"
+            f"{type(self).__name__} has no tractable posterior q(z | x): take a guide that has "
+            "one, such as MeanField"
         )
 
     def only_site(self) -> Site:
