@@ -7,6 +7,7 @@ copy takes the same step. The first worker alone writes the run's folder.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ class Several(Alone):
     def __init__(self, fabric: Fabric, *programs: nn.Module) -> None:
         super().__init__()
         self.rank, self.count = fabric.global_rank, fabric.world_size
+        atexit.register(_leave)
         self._programs = programs
         self._trained: list[Tensor] = [*parameters(*programs)]
         self._rows = 0
@@ -231,3 +233,9 @@ class Several(Alone):
                 f"worker {self.rank} of {self.count} has lost another one, which ended or cannot "
                 f"be reached{kept}"
             ) from error
+
+
+def _leave() -> None:
+    """End the process group before Python ends, or its threads may abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
