@@ -37,4 +37,7 @@ class Autoregressive(SiteBySite):
         super().__init__(*args, **kwargs)
 
     def head(self, size: int, context: int) -> nn.Module:
-        return Normal(MLP(context, self.hidden or self.features, 2 * size))
+        return Normal(self.net(2 * size, context))
+
+    def net(self, outputs: int, context: int) -> nn.Module:
+        return MLP(context, self.hidden or self.features, outputs)

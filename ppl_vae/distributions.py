@@ -11,8 +11,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
+from torch.distributions.kl import register_kl
 from torch.distributions.utils import broadcast_all
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 
 class CholeskyNormal(dist.MultivariateNormal):
@@ -162,3 +163,136 @@ class CategoricalLevels(dist.Categorical):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().sample(torch.Size(sample_shape)).to(self.probs.dtype)
+
+
+MOST_BITS = 10
+"""Longest vector of bits whose values, 2 to the power of its length, can be listed."""
+
+
+class OneHotCategorical(dist.OneHotCategorical):
+    """A one-hot vector, whose log-probability is linear in it: ``sum_k value_k log p_k``.
+
+    At one-hot values that is the log-probability. At other points of the simplex, such as a relaxed
+    draw, it is their mean by the point's entries, through which a gradient reaches the point.
+
+    Shapes: probs or logits ``(..., K)`` give batch ``(...)``, event ``(K,)``.
+    """
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Of the K values, ``(..., K)``: finite, so that a value of 0 takes no part."""
+        return self.logits.clamp(min=torch.finfo(self.logits.dtype).min)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            drawn = self._categorical.sample(torch.Size(sample_shape))
+            return one_hot(drawn, self.probs)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            _check_values(self, value, constraints.simplex)
+        return (value * self.log_probs).sum(-1)
+
+
+class BitVector(TorchDistribution):
+    """Independent bits as one site, whose log-probability is linear in each of them.
+
+    Unlike ``Bernoulli(...).to_event(1)`` it scores values between 0 and 1, as relaxed draws have
+    (each by its mean over the bit), and lists its values: of D bits, all ``2 ** D`` vectors.
+
+    Shapes: logits ``(..., D)`` give batch ``(...)``, event ``(D,)``.
+
+    Raises:
+        ValueError: when its values are listed, more than ``MOST_BITS`` bits.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {  # pyright: ignore
+        "logits": constraints.real_vector
+    }
+    support = constraints.independent(constraints.boolean, 1)  # pyright: ignore
+    has_rsample = False
+    has_enumerate_support = True
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        self.logits = logits
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
+
+    @property
+    def probs(self) -> Tensor:
+        return self.logits.sigmoid()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.probs
+
+    @property
+    def mode(self) -> Tensor:
+        return (self.logits > 0).to(self.logits)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.probs * (1 - self.probs)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> BitVector:
+        expanded = type(self).__new__(type(self)) if _instance is None else _instance
+        logits = self.logits.expand(*batch_shape, *self.event_shape)
+        BitVector.__init__(expanded, logits, validate_args=False)
+        expanded._validate_args = self._validate_args
+        return expanded
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            probs = self.probs.expand(self._extended_shape(torch.Size(sample_shape)))
+            return torch.bernoulli(probs)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            _check_values(self, value, constraints.independent(constraints.unit_interval, 1))
+        return (value * self.logits - softplus(self.logits)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return -(self.probs * self.logits - softplus(self.logits)).sum(-1)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        (bits,) = self.event_shape
+        if bits > MOST_BITS:
+            raise ValueError(
+                f"a vector of {bits} bits has 2 ** {bits} values, too many to sum over: expected "
+                f'at most {MOST_BITS} bits; take another estimator, such as "score"'
+            )
+        numbers = torch.arange(2**bits, device=self.logits.device).unsqueeze(-1)
+        powers = 2 ** torch.arange(bits, device=self.logits.device)
+        values = (numbers // powers % 2).to(self.logits)
+        values = values.reshape(-1, *(1,) * len(self.batch_shape), bits)
+        return values.expand(-1, *self.batch_shape, -1) if expand else values
+
+
+def one_hot(index: Tensor, like: Tensor) -> Tensor:
+    """One-hot vectors ``(..., K)`` of indices ``(...)``; K, dtype and device are those of ``like``.
+
+    torch's own looks whether the indices are in their range, which no recorded step can.
+    """
+    zeros = torch.zeros(*index.shape, like.shape[-1], dtype=like.dtype, device=like.device)
+    return zeros.scatter(-1, index.unsqueeze(-1), 1.0)
+
+
+@register_kl(OneHotCategorical, OneHotCategorical)
+def _kl_one_hot(q: OneHotCategorical, p: OneHotCategorical) -> Tensor:
+    # torch's own rule assigns where p is 0, which is no operation of a recorded graph.
+    return (q.probs * (q.log_probs - p.log_probs)).sum(-1)
+
+
+@register_kl(BitVector, BitVector)
+def _kl_bits(q: BitVector, p: BitVector) -> Tensor:
+    ahead = q.probs * (q.logits - p.logits)
+    return (ahead - softplus(q.logits) + softplus(p.logits)).sum(-1)
+
+
+def _check_values(fn: Any, value: Tensor, domain: Constraint) -> None:
+    """As ``validate_args`` does, of a domain that is wider than the support."""
+    if value.shape[-1:] != fn.event_shape or not domain.check(value).all():
+        raise ValueError(
+            f"{type(fn).__name__}: a value of shape {tuple(value.shape)} with entries from "
+            f"{value.min():g} to {value.max():g}; expected {fn.event_shape[0]} entries, one-hot or "
+            "bits, or numbers between them for relaxed values"
+        )

@@ -11,9 +11,12 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoNormal
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from ppl_vae.conditionals import constrained, join, unconstrain
+from ppl_vae.conditionals import constrained, entrywise, join, unconstrain
+from ppl_vae.discrete import Baseline, Bits, Estimator, Labels, check_estimator, infer_of
 from ppl_vae.model import GenerativeModel, Program, by_name, own_parameters
 from ppl_vae.nn import width_of
 from ppl_vae.sites import PairError, Site, aside, read_sites
@@ -66,8 +69,10 @@ class Factorized(Program):
                     raise ValueError(
                         f"Factorized: site {name!r} is conditioned on {missing[0]!r}: give it"
                     )
-                q = self.conditionals[name](*(values[c] for c in context))
-                values[name] = pyro.sample(name, q)
+                given = [values[c] for c in context]
+                conditional = self.conditionals[name]
+                infer = infer_of(conditional, *given)
+                values[name] = pyro.sample(name, conditional(*given), infer=infer)
         return values
 
     def posterior(self, *context: Tensor) -> TorchDistribution:
@@ -81,13 +86,60 @@ class Factorized(Program):
         return next(iter(self.conditionals.values()))(*context)
 
 
+class Prior(Program):
+    """Draws every latent from the model itself: from p(z | c), what is observed left aside.
+
+    It has no parameters, and its densities cancel the model's, so that a weight is the likelihood
+    of what is observed. With it, :func:`ppl_vae.evaluate` estimates log p(x | c) by plain Monte
+    Carlo, ``log 1/K sum_k p(x | z_k, c)`` with z_k ~ p(z | c), and :func:`ppl_vae.fit` maximizes
+    E log p(x | z, c) over the prior: the Gaussian stochastic neural network of Sohn et al. 2015
+    ("Learning structured output representation using deep conditional generative models", section
+    4). A latent that comes after an observed site is drawn given it.
+
+    Args:
+        model: any; it is run once a call, x included.
+
+    Raises:
+        PairError: when it is run, the model enumerates a latent, which this would draw.
+    """
+
+    def __init__(self, model: GenerativeModel) -> None:
+        super().__init__()
+        self.model = (model,)  # a tuple, or its parameters would be the guide's too
+        self.names = (*model.observables, *model.covariates)
+
+    def forward(
+        self,
+        *args: Tensor | None,
+        n: int | None = None,
+        total: int | None = None,
+        **kwargs: Tensor | None,
+    ) -> None:
+        (model,) = self.model
+        given = by_name(self.names, args, kwargs)
+
+        def hidden(message: Any) -> bool:
+            # Parameters are the model's own affair, and what is observed is no site of a guide.
+            if message["type"] != "sample" or site_is_subsample(message):
+                return message["type"] == "param"
+            if not message["is_observed"] and message["infer"].get("enumerate"):
+                raise PairError(
+                    f"Prior: the model enumerates site {message['name']!r}, which this guide would "
+                    "draw: observe it, or take a guide that leaves it out"
+                )
+            return bool(message["is_observed"])
+
+        poutine.block(model, hide_fn=hidden)(n=n, total=total, **given)
+
+
 class AmortizedGuide(Program):
     """A guide derived from a model: one family for every model.
 
     Reads the model's latent sites from one trace on an example batch. Local sites (those in the
     plate of rows) are drawn from the encoder's features; sites that the model enumerates are left
     out; global sites get an AutoNormal. Whichever observables the example gives are the
-    encoder's context, joined on the last dim, and must be given at each call.
+    encoder's context, with the model's covariates after them, joined on the last dim, and must be
+    given at each call.
 
     To implement: ``build``, which makes the heads from ``self.local_sites`` (in the model's order)
     and ``self.features``, and ``sample_rows``, which draws the local sites, or ``draw_rows``.
@@ -95,13 +147,20 @@ class AmortizedGuide(Program):
     Args:
         model: the model whose sites are read; its parameters stay its own.
         encoder: net from the context to features, ``(..., context)`` to ``(..., features)``.
-        args, kwargs: an example batch of observables, ``(rows, event)``, as the model takes it.
+        args, kwargs: an example batch of observables, ``(rows, event)``, as the model takes it, and
+            of its covariates, by name.
 
     Raises:
-        PairError: a local site that this guide cannot cover: discrete, or in a further plate; an
-            observable that is one number a row, which an encoder cannot join with others.
-        ValueError: no example batch.
+        PairError: a local site that this guide cannot cover: discrete, where it draws several sites
+            together, or neither one-hot nor bits; in a further plate; an observable that is one
+            number a row, which an encoder cannot join with others; a model without latents.
+        ValueError: no example batch, or one without a covariate.
+
+    Attributes:
+        covers_discrete: whether the family draws one-hot vectors and vectors of bits too.
     """
+
+    covers_discrete = False
 
     def __init__(
         self,
@@ -111,27 +170,30 @@ class AmortizedGuide(Program):
         **kwargs: Tensor | None,
     ) -> None:
         super().__init__()
-        self.names = model.observables
+        self.names = (*model.observables, *model.covariates)
         example = by_name(self.names, args, kwargs)
         if not example:
             raise ValueError(
                 f"{type(self).__name__}: give an example batch of {', '.join(self.names)}"
             )
+        model.covariates_in(example)  # all are there
         for name, value in example.items():
             if value.dim() < 2:
                 raise PairError(
                     f"{type(self).__name__}: observable {name!r} has shape {tuple(value.shape)}; "
                     "an encoder's context needs vectors, (rows, K): one-hot labels, for instance"
                 )
-        latent = [
-            site
-            for site in read_sites(model, **example).values()
-            if not (site.observed or site.enumerated)
-        ]
+        unknown = [site for site in read_sites(model, **example).values() if not site.observed]
+        if not unknown:
+            raise PairError(
+                f"{type(model).__name__} has no latent for a guide to draw: take "
+                "ppl_vae.Prior(model), which then draws nothing"
+            )
+        latent = [site for site in unknown if not site.enumerated]
         self.context = tuple(example)
         self.local_sites = {site.name: site for site in latent if site.local}
         for site in self.local_sites.values():
-            _check_coverable(type(self).__name__, site)
+            _check_coverable(type(self).__name__, site, discrete=self.covers_discrete)
         self.encoder = encoder
         self.features = width_of(encoder, join(*example.values()))
         self.global_sites = tuple(site.name for site in latent if not site.local)
@@ -215,12 +277,40 @@ class SiteBySite(AmortizedGuide):
     onto its support. Its context is the encoder's features and, where ``autoregressive``, the
     coordinates of the sites before.
 
+    One-hot vectors, ``(K,)`` or ``(N, K)``, and vectors of bits, ``(D,)``, are drawn by
+    :class:`~ppl_vae.discrete.Labels` and :class:`~ppl_vae.discrete.Bits`, whatever the family. They
+    are context as they are.
+
+    Args:
+        args, kwargs: as those of :class:`AmortizedGuide`.
+        discrete: the estimator of discrete sites. None: "enumerate" for a one-hot vector, "score"
+            for several, and for bits.
+        baseline, temperature: of it, as :class:`~ppl_vae.discrete.Discrete` has them.
+
     Attributes:
         heads: the conditional of each site.
         autoregressive: whether sites are conditioned on those drawn before them.
+
+    Raises:
+        PairError: as :class:`AmortizedGuide`.
+        ValueError: as :class:`~ppl_vae.discrete.Discrete`.
     """
 
     autoregressive = True
+    covers_discrete = True
+
+    def __init__(
+        self,
+        *args: Any,
+        discrete: Estimator | None = None,
+        baseline: Baseline | None = None,
+        temperature: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        check_estimator(type(self).__name__, discrete or "score", baseline, temperature)
+        # Before the base class builds the heads.
+        self.discrete, self.baseline, self.temperature = discrete, baseline, temperature
+        super().__init__(*args, **kwargs)
 
     @abstractmethod
     def head(self, size: int, context: int) -> nn.Module:
@@ -229,12 +319,20 @@ class SiteBySite(AmortizedGuide):
         With several sites its context comes as several tensors, to be joined.
         """
 
+    def net(self, outputs: int, context: int) -> nn.Module:
+        """From a discrete site's context to its logits."""
+        return nn.Linear(context, outputs)
+
     def build(self) -> None:
         self.heads = nn.ModuleDict()
         context = self.features
         for name, site in self.local_sites.items():
-            size = unconstrained_size(site)
-            self.heads[name] = self.head(size, context)
+            if site.support.is_discrete:
+                size = site.event_shape.numel()
+                self.heads[name] = self._discrete_head(site, self.net(size, context))
+            else:
+                size = unconstrained_size(site)
+                self.heads[name] = self.head(size, context)
             context += size if self.autoregressive else 0
 
     def sample_rows(self, features: Tensor, given: Mapping[str, Tensor]) -> None:
@@ -242,9 +340,13 @@ class SiteBySite(AmortizedGuide):
         for name, site in self.local_sites.items():
             value = given.get(name)
             if value is None:
-                value = pyro.sample(name, self._site_dist(site, *context))
+                infer = infer_of(self.heads[name], *context)
+                value = pyro.sample(name, self._site_dist(site, *context), infer=infer)
             if self.autoregressive:
-                context.append(unconstrain(value, site.support, site.event_shape))
+                if site.support.is_discrete:
+                    context.append(value.flatten(value.dim() - len(site.event_shape)))
+                else:
+                    context.append(unconstrain(value, site.support, site.event_shape))
 
     def posterior(self, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         """q(z | x) of the one local site, ``(rows,)`` of its event.
@@ -256,7 +358,25 @@ class SiteBySite(AmortizedGuide):
         return self._site_dist(site, self.encode(by_name(self.names, args, kwargs)))
 
     def _site_dist(self, site: Site, *context: Tensor) -> TorchDistribution:
-        return constrained(self.heads[site.name](*context), site.support, site.event_shape)
+        q = self.heads[site.name](*context)
+        if site.support.is_discrete:
+            return q
+        return constrained(q, site.support, site.event_shape)
+
+    def _discrete_head(self, site: Site, net: nn.Module) -> nn.Module:
+        several = _is_bits(site) or len(site.event_shape) > 1
+        estimator = self.discrete or ("score" if several else "enumerate")
+        # A baseline is that of the sites that have a use for it.
+        baseline = self.baseline if estimator == "score" else None
+        settings = {
+            "estimator": estimator,
+            "baseline": baseline,
+            "temperature": self.temperature,
+        }
+        if _is_bits(site):
+            return Bits(net, **settings)
+        variables = site.event_shape[0] if len(site.event_shape) > 1 else None
+        return Labels(net, variables=variables, **settings)
 
 
 def unconstrained_size(site: Site) -> int:
@@ -265,11 +385,25 @@ def unconstrained_size(site: Site) -> int:
     return transform.inverse_shape(site.event_shape).numel()
 
 
-def _check_coverable(guide: str, site: Site) -> None:
-    if site.support.is_discrete:
+def _is_bits(site: Site) -> bool:
+    return isinstance(entrywise(site.support), type(constraints.boolean))
+
+
+def _check_coverable(guide: str, site: Site, *, discrete: bool) -> None:
+    if site.support.is_discrete and not discrete:
         raise PairError(
             f"{guide}: site {site.name!r} is discrete ({site.family}), this family continuous: "
-            'mark it infer={"enumerate": "parallel"}, or write the guide out with Factorized'
+            'mark it infer={"enumerate": "parallel"}, take a family that draws site by site, such '
+            "as MeanField, or write the guide out with Factorized"
+        )
+    dims = len(site.event_shape)
+    one_hot = isinstance(entrywise(site.support), type(constraints.one_hot)) and dims <= 2
+    if site.support.is_discrete and not (one_hot or (_is_bits(site) and dims == 1)):
+        raise PairError(
+            f"{guide}: site {site.name!r} is discrete ({site.family}), of event shape "
+            f"{tuple(site.event_shape)}; expected one-hot vectors, (K,) or (N, K), or a vector of "
+            "bits, (D,): make the model draw these, mark the site "
+            'infer={"enumerate": "parallel"}, or write the guide out with Factorized'
         )
     if len(site.plates) > 1:
         raise PairError(
