@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from ppl_vae.conditionals import entrywise
+from ppl_vae.data import Dataset
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
 from ppl_vae.names import nearest
 
@@ -108,11 +109,12 @@ def check_pair(
                     f"{names}: at site {name!r} the guide has {what.replace('_', ' ')} "
                     f"{tuple(mine)}, the model {tuple(theirs)}"
                 )
+        relaxed = guide_nodes[name]["infer"].get("relaxed")  # then draws lie between the values
         for support, draws, owner, drawer in (
             (other.support, guide_nodes[name]["value"], "model", "guide"),
             (site.support, model_nodes[name]["value"], "guide", "model"),
         ):
-            if not support.check(draws).all():
+            if not (relaxed and drawer == "guide") and not support.check(draws).all():
                 raise PairError(
                     f"{names}: at site {name!r} the guide is {site.family} on "
                     f"{support_name(site.support)}, the model {other.family} on "
@@ -127,21 +129,43 @@ def check_data(model: GenerativeModel, batches: Iterable[Mapping[str, Tensor]]) 
     """Refuse data that the model cannot have emitted: wrong shapes, or values off its support.
 
     Args:
-        batches: columns ``(rows, event)`` by site name, as they would be passed to the model.
+        batches: columns ``(rows, event)`` by site name, as they would be passed to the model, and
+            its covariates, which are not judged.
 
     Raises:
+        ValueError: a covariate is missing.
         PairError: names the site, the row and the value, what was expected, what to do.
     """
     done = size = 0
     sites: dict[str, Site] = {}
     for batch in batches:
         rows = len(next(iter(batch.values())))
-        # A support can have the batch's shape, so sites are read for as many rows.
-        if rows != size:
-            sites, size = read_sites(model, n=rows), rows
+        given = model.covariates_in(batch)
+        # A support can have the batch's shape, and depend on covariates.
+        if rows != size or given:
+            sites, size = read_sites(model, n=rows, **given), rows
         for name, values in batch.items():
-            _check_values(model, sites, name, values, done)
+            if name not in given:
+                _check_values(model, sites, name, values, done)
         done += rows
+
+
+def check_labels(model: GenerativeModel, dataset: Dataset, split: str) -> None:
+    """Refuse labels that the model has no class for.
+
+    Raises:
+        PairError: names the row and the label.
+    """
+    y = dataset.splits[split].get("y")
+    names = (*model.observables, *model.covariates)
+    if y is None or model.classes is None or "y" not in names:
+        return
+    if len(wrong := (y >= model.classes).nonzero()):
+        row = int(wrong[0])
+        raise PairError(
+            f"{split}['y'] has label {int(y[row])} in row {row}, and {_name(model)} has "
+            f"{model.classes} classes, from 0: build the model with as many classes as the data"
+        )
 
 
 def _check_values(
