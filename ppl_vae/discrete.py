@@ -184,6 +184,25 @@ class Bits(Discrete):
         return RelaxedBits(logits, self.temperature, hard=self.estimator == "straight-through")
 
 
+class IndependentBits(nn.Module):
+    """A prior of bits, each with a probability of its own, which is learned; it starts near 1/2.
+
+    Shapes: no context; batch ``()``, event ``(size,)``.
+
+    Raises:
+        ValueError: size below 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"IndependentBits({size}): expected at least 1 bit")
+        self.logits = nn.Parameter(torch.empty(size).uniform_(-0.1, 0.1))
+
+    def forward(self) -> TorchDistribution:
+        return BitVector(self.logits)
+
+
 class RelaxedOneHot(OneHotCategorical):
     """Gumbel-softmax draws of a one-hot vector, scored by the discrete distribution.
 
