@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ppl_vae.fitting import fit as fit
     from ppl_vae.guide import AmortizedGuide as AmortizedGuide
     from ppl_vae.guide import Factorized as Factorized
+    from ppl_vae.guide import Prior as Prior
     from ppl_vae.model import GenerativeModel as GenerativeModel
     from ppl_vae.recipes import Experiment as Experiment
     from ppl_vae.recipes import load as load
@@ -29,6 +30,7 @@ _HOMES = {
     "Experiment": "recipes",
     "Factorized": "guide",
     "GenerativeModel": "model",
+    "Prior": "guide",
     "SVI": "svi",
     "check": "checks",
     "check_pair": "sites",

@@ -20,15 +20,23 @@ from ppl_vae.draws import (
     particles,
     posterior_nodes,
     rows_at_once,
+    unobserved_sites,
 )
 from ppl_vae.model import GenerativeModel
-from ppl_vae.sites import check_data, check_pair, evaluating, read_sites
+from ppl_vae.sites import check_data, check_pair, evaluating
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
 _Named = dict[str, np.ndarray]
-_ORDER = ("posterior", "posterior_predictive", "prior", "prior_predictive", "observed_data")
+_ORDER = (
+    "posterior",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+)
 
 
 def to_arviz(
@@ -46,7 +54,8 @@ def to_arviz(
     ``posterior``: latents given the rows' data, from the guide; sites that the model enumerates
     are drawn from their exact posterior given the guide's. ``posterior_predictive``: the
     observables anew from those latents, labels included. ``prior`` and ``prior_predictive``: the
-    story from its start, as many rows a draw. ``observed_data``: the rows. Dims are
+    story from its start, as many rows a draw. ``observed_data``: the rows. ``constant_data``: the
+    rows' covariates, given which all is drawn, where the model has such. Dims are
     ``chain, draw, row, <site>_dim``; a global site has no ``row``; a site with several event dims
     has ``<site>_dim_0, ...``; a further plate gives a dim of its name. Discrete sites are the
     smallest signed integers that hold them.
@@ -61,8 +70,8 @@ def to_arviz(
         seed: of rows and draws.
 
     Raises:
-        ValueError: ``rows`` or ``draws`` below 1, no such split, or no column that the model
-            observes.
+        ValueError: ``rows`` or ``draws`` below 1, no such split, no column that the model
+            observes, or a covariate is missing.
         PairError: guide or data do not fit the model.
     """
     from arviz_base import from_dict  # takes a second, which only those who call this pay
@@ -74,10 +83,15 @@ def to_arviz(
         check_data(model, [columns])
         check_pair(model, guide, **columns)
         groups, dims = _groups(model, guide, columns, draws)
-    groups["observed_data"] = {}
-    sites = read_sites(model, n=2)
+        sites = unobserved_sites(model, columns)
+    groups["observed_data"], groups["constant_data"] = {}, {}
     for name, values in columns.items():
-        groups["observed_data"][name] = _numpy(values, sites[name].support.is_discrete)
+        if name in sites:
+            groups["observed_data"][name] = _numpy(values, sites[name].support.is_discrete)
+        else:
+            groups["constant_data"][name] = _numpy(values, discrete=False)
+            further = (f"_{i}" for i in range(values.dim() - 1)) if values.dim() > 2 else ("",)
+            dims[name] = ["row", *(f"{name}_dim{i}" for i in further if values.dim() > 1)]
     return from_dict(
         {group: groups[group] for group in _ORDER if groups.get(group)},
         coords={"row": chosen.numpy()},
@@ -105,7 +119,8 @@ def _groups(
 ) -> tuple[dict[str, _Named], dict[str, list[str]]]:
     """Arrays ``(1, draws, ...)`` by group and site, and each site's dims after those two."""
     rows = len(next(iter(columns.values())))
-    width = sum(site.event_shape.numel() for site in read_sites(model, n=2).values())
+    sites = unobserved_sites(model, columns)
+    width = sum(site.event_shape.numel() for site in sites.values())
     step = max(1, rows_at_once(width) // rows)
     sizes = [min(step, draws - done) for done in range(0, draws, step)]
     parts: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -124,10 +139,11 @@ def _groups(
         add("posterior", latents, size, nesting)
         values = {name: node["value"] for name, node in latents.items()}
         with particles(size, nesting):
-            replicated = model_nodes(model, values, rows=rows)
-            drawn = model_nodes(model, {}, rows=rows)
-        add("posterior_predictive", {n: replicated[n] for n in columns}, size, nesting)
-        add("prior_predictive", {n: drawn[n] for n in columns}, size, nesting)
+            replicated = model_nodes(model, values, rows=rows, columns=columns)
+            drawn = model_nodes(model, {}, rows=rows, columns=columns)
+        seen = [name for name in columns if name in sites]
+        add("posterior_predictive", {n: replicated[n] for n in seen}, size, nesting)
+        add("prior_predictive", {n: drawn[n] for n in seen}, size, nesting)
         latent = {n for n, node in drawn.items() if not node["is_observed"]}.difference(columns)
         add("prior", {n: node for n, node in drawn.items() if n in latent}, size, nesting)
     groups: dict[str, _Named] = {}

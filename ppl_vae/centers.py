@@ -6,6 +6,7 @@ its base's mean; of a discrete distribution, the mode.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -16,9 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution
 
-from ppl_vae.draws import laid_out, model_nodes, posterior_nodes
+from ppl_vae.draws import laid_out, model_nodes, posterior_nodes, unobserved_sites
 from ppl_vae.model import GenerativeModel
-from ppl_vae.sites import read_sites
 
 
 class AtCenters(Messenger):
@@ -47,12 +47,23 @@ def posterior_centers(
     return {name: laid_out(node, 1, nesting)[1][0] for name, node in nodes.items()}
 
 
-def decode(model: GenerativeModel, latents: Mapping[str, Tensor], site: str) -> Tensor:
-    """Means of x given latents, ``(rows, event)``; latents not given are at their centers."""
-    sites = read_sites(model, n=2)
-    rows = next(len(value) for name, value in latents.items() if sites[name].local)
+def decode(
+    model: GenerativeModel,
+    latents: Mapping[str, Tensor],
+    site: str,
+    columns: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Means of x given latents, ``(rows, event)``; latents not given are at their centers.
+
+    Args:
+        columns: among them the covariates of the rows.
+    """
+    columns = columns or {}
+    sites = unobserved_sites(model, columns)
+    local = (value for name, value in latents.items() if sites[name].local)
+    rows = len(next(itertools.chain(local, columns.values())))
     with AtCenters():
-        return mean(model_nodes(model, latents, rows=rows)[site]["fn"], site)
+        return mean(model_nodes(model, latents, rows=rows, columns=columns)[site]["fn"], site)
 
 
 def mean(fn: Any, site: str) -> Tensor:

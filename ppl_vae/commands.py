@@ -266,8 +266,11 @@ def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool 
 def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:
     """Draw new rows from a run's model, as a picture and as numbers.
 
+    A conditional model is given the covariates of test rows, chosen at random.
+
     Args:
-        run: folder of the run; writes figures/samples.png and samples.npz, every site's draws.
+        run: folder of the run; writes figures/samples.png and samples.npz, every site's draws, and
+            what they were given.
         n: number of rows.
         seed: of the draws.
         device: where to compute.
@@ -276,17 +279,21 @@ def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto
     import torch
 
     from ppl_vae import plots
+    from ppl_vae.draws import some_covariates
     from ppl_vae.recipes import load
     from ppl_vae.sites import aside
 
     if n < 1:
         raise ValueError(f"--n {n}: expected at least 1")
     fitted = load(run, device=device)
+    given = some_covariates(fitted.model, fitted.data, n, seed=seed)
     with aside():
         torch.manual_seed(seed)
-        draws = {name: value.cpu().numpy() for name, value in fitted.model.simulate(n).items()}
+        drawn = fitted.model.simulate(n, **given)
+    draws = {name: value.cpu().numpy() for name, value in drawn.items()}
     np.savez_compressed(run / "samples.npz", **draws)  # pyright: ignore[reportArgumentType]
-    figure = plots.samples(fitted.model, fitted.data.image_shape, n=n, seed=seed)
+    shape = fitted.data.image_shape
+    figure = plots.samples(fitted.model, shape, n=n, seed=seed, covariates=given)
     figure.savefig(run / "figures" / "samples.png")
     print(run / "samples.npz")
     print(run / "figures" / "samples.png")

@@ -15,9 +15,9 @@ from pyro import poutine
 from pyro.infer import infer_discrete
 from torch import Tensor
 
-from ppl_vae.data import Rows, as_dataset
+from ppl_vae.data import Dataset, Rows, as_dataset
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
-from ppl_vae.sites import read_sites
+from ppl_vae.sites import Site, read_sites
 
 _PARTICLES = "particles"
 _ROWS_AT_ONCE = 4096  # rows times draws in one run, so that nets' hidden layers stay small
@@ -31,7 +31,7 @@ def example(model: torch.nn.Module) -> Tensor:
 
 
 def observed(model: GenerativeModel, rows: Rows, indices: Tensor | slice) -> dict[str, Tensor]:
-    """What the model observes of these rows, on its device and in its dtype."""
+    """What the model observes of these rows, and its covariates, on its device and in its dtype."""
     like = example(model)
     return model.observed(rows.batch(indices, device=like.device, dtype=like.dtype))
 
@@ -39,22 +39,47 @@ def observed(model: GenerativeModel, rows: Rows, indices: Tensor | slice) -> dic
 def held_out(
     model: GenerativeModel, data: Any, *, split: str, rows: int, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A random subset of a split: row numbers ``(rows,)``, ascending, and what the model observes.
+    """A random subset of a split: row numbers ``(rows,)``, ascending, and what the model observes
+    of them, with its covariates.
 
     Never a prefix: the rows of some test sets stand sorted by class.
 
     Raises:
-        ValueError: no such split, or no column that the model observes.
+        ValueError: no such split, no column that the model observes, or a covariate is missing.
     """
     held = as_dataset(data).split(split)
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     chosen = order[:rows].sort().values
-    if not (columns := observed(model, held, chosen)):
+    columns = observed(model, held, chosen)
+    if not columns.keys() & set(model.observables):
         raise ValueError(
             f"{type(model).__name__} observes {', '.join(model.observables)}, but the data have "
             f"columns {', '.join(held.columns)}"
         )
+    model.covariates_in(columns)  # all are there
     return chosen, columns
+
+
+def some_covariates(
+    model: GenerativeModel, data: Dataset, n: int, *, seed: int
+) -> dict[str, Tensor]:
+    """Covariates of ``n`` rows of the test split, at random; again from the first where it has
+    fewer. Of the training split, where there is no other.
+
+    Raises:
+        ValueError: a covariate is missing.
+    """
+    if not model.covariates:
+        return {}
+    held = data.split("test" if "test" in data.splits else "train")
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
+    return model.covariates_in(observed(model, held, order[torch.arange(n) % len(held)]))
+
+
+def unobserved_sites(model: GenerativeModel, columns: Mapping[str, Tensor]) -> dict[str, Site]:
+    """The model's sites where nothing is observed, given the covariates among some columns."""
+    given = {name: column[:2] for name, column in model.covariates_in(columns).items()}
+    return read_sites(model, n=min(2, *map(len, given.values())) if given else 2, **given)
 
 
 def particles(draws: int, nesting: int) -> pyro.plate:
@@ -110,12 +135,24 @@ def posterior_nodes(
 
 
 def model_nodes(
-    model: GenerativeModel, latents: Mapping[str, Tensor], *, rows: int
+    model: GenerativeModel,
+    latents: Mapping[str, Tensor],
+    *,
+    rows: int,
+    columns: Mapping[str, Tensor],
 ) -> dict[str, dict[str, Any]]:
-    """The trace nodes of one run of the model with these latents, the rest drawn."""
+    """The trace nodes of one run of the model with these latents, the rest drawn.
+
+    Args:
+        columns: among them the covariates, of ``rows`` rows.
+
+    Raises:
+        ValueError: a covariate is missing.
+    """
+    given = model.covariates_in(columns)
     with own_parameters(model):
         conditioned = poutine.condition(model, data=dict(latents))
-        return dict(sample_nodes(poutine.trace(conditioned).get_trace(n=rows)))
+        return dict(sample_nodes(poutine.trace(conditioned).get_trace(n=rows, **given)))
 
 
 def laid_out(node: Mapping[str, Any], draws: int, nesting: int) -> tuple[list[str], Tensor]:

@@ -110,6 +110,7 @@ def evaluate(
     rows = dataset.split(split)
     with evaluating(seed, model, guide):
         probe = observed(model, rows, slice(0, 4))
+        model.covariates_in(probe)  # all are there
         check_pair(model, guide, **probe)
         sites = read_sites(model, **probe)
         check_measurable(sites.values())
@@ -126,7 +127,7 @@ def evaluate(
     elbo, evidence = columns["elbo", ""], columns["log evidence", ""]
     reconstruction = columns["reconstruction", ""].mean().item()
     nll = -evidence.mean().item()
-    dims = sum(x[0].numel() for x in probe.values())
+    dims = sum(x[0].numel() for name, x in probe.items() if name in model.observables)
     # A density has a unit, a probability has none.
     discrete = all(s.support.is_discrete for s in sites.values() if s.observed)
     unit = 1.0 if discrete else dataset.unit

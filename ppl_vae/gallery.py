@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ppl_vae import plots
+from ppl_vae.draws import some_covariates, unobserved_sites
 from ppl_vae.fitting import Fitted
-from ppl_vae.sites import read_sites
 
 
 def save_gallery(fitted: Fitted, folder: Path) -> dict[str, str]:
@@ -36,16 +36,18 @@ def _pictures(fitted: Fitted) -> Iterator[tuple[str, Callable[[], Figure]]]:
     model, guide, shape = fitted.model, fitted.guide, fitted.data.image_shape
     if fitted.history:
         yield "curves", partial(plots.curves, fitted.history)
-    yield "samples", partial(plots.samples, model, shape)
+    given = some_covariates(model, fitted.data, 64, seed=0)
+    yield "samples", partial(plots.samples, model, shape, covariates=given)
     split = "test" if "test" in fitted.data.splits else "train"
     rows = fitted.data.split(split)
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:16]
-    x = model.observed(rows.batch(chosen)).get("x")
-    if x is None:
+    columns = model.observed(rows.batch(chosen))
+    if (x := columns.get("x")) is None:
         return
-    yield "reconstructions", partial(plots.reconstructions, model, guide, x, shape)
-    yield "interpolation", partial(plots.interpolation, model, guide, x, shape)
-    yield "traversal", partial(plots.traversal, model, guide, x, shape)
-    latents = [s for s in read_sites(model, n=2).values() if s.name not in model.observables]
+    given = model.covariates_in(columns)
+    for draw in (plots.reconstructions, plots.interpolation, plots.traversal):
+        yield draw.__name__, partial(draw, model, guide, x, shape, covariates=given)
+    sites = unobserved_sites(model, columns).values()
+    latents = [s for s in sites if s.name not in model.observables]
     if len(latents) == 1 and latents[0].event_shape == (2,):
-        yield "manifold", partial(plots.manifold, model, shape)
+        yield "manifold", partial(plots.manifold, model, shape, covariates=given)

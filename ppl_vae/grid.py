@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ppl_vae import likelihoods, mixtures, objectives, priors, zoo
 from ppl_vae.flows import MaskedAutoregressive
-from ppl_vae.guide import AmortizedGuide
+from ppl_vae.guide import AmortizedGuide, Prior
 from ppl_vae.model import GenerativeModel, own_parameters
 from ppl_vae.nn import MLP
 from ppl_vae.objectives import Objective, plain_elbo
-from ppl_vae.sites import PairError, aside, check_pair
+from ppl_vae.sites import PairError, aside, check_pair, read_sites
 
 ROWS = 4
 
@@ -108,12 +108,15 @@ def refusals() -> Iterator[Refusal]:
 
 def refused(
     models: str = "VAE",
-    guides: str = "MeanField",
+    guides: str | None = None,
     priors: str | None = None,
     likelihoods: str | None = None,
     objectives: str = "ELBO",
 ) -> str | None:
-    """Why these parts do not go together; None if they do. Tried on a small instance."""
+    """Why these parts do not go together; None if they do. Tried on a small instance.
+
+    Without a guide's name, it is MeanField, or for a model without latents, Prior.
+    """
     try:
         with aside():
             torch.manual_seed(0)
@@ -124,19 +127,27 @@ def refused(
 
 
 def _run(
-    model_name: str, guide_name: str, prior: str | None, likelihood: str | None, objective: str
+    model_name: str,
+    guide_name: str | None,
+    prior: str | None,
+    likelihood: str | None,
+    objective: str,
 ) -> None:
     model = zoo.models()[model_name].toy()
     if likelihood is not None:
         _check_choosable(model, "likelihood")
         kinds, make = LIKELIHOODS[likelihood]
         net: Any = model.likelihood.net
-        entries = model.simulate(2)["x"].shape[-1]
+        entries = model.simulate(2, **model.example_covariates(2))["x"].shape[-1]
         model.likelihood = make(MLP(net.inputs, 8, kinds * entries))
-    example = model.observed(model.simulate(ROWS))
+    example = model.observed(model.simulate(ROWS, **model.example_covariates(ROWS)))
     width = sum(x.shape[-1] for x in example.values())
-    guide = zoo.guides()[guide_name](model, MLP(width, 8, 7), **example)
-    size = next(iter(guide.local_sites.values())).event_shape.numel()
+    size = 1
+    if guide_name is None and all(s.observed for s in read_sites(model, **example).values()):
+        guide: Any = Prior(model)
+    else:
+        guide = zoo.guides()[guide_name or "MeanField"](model, MLP(width, 8, 7), **example)
+        size = next(iter(guide.local_sites.values())).event_shape.numel()
     if prior is not None:
         _check_choosable(model, "prior")
         model.prior = PRIORS[prior](size, guide, next(iter(example.values())))

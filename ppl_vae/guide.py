@@ -100,6 +100,7 @@ class Prior(Program):
         model: any; it is run once a call, x included.
 
     Raises:
+        ValueError: when it is run, a covariate is missing.
         PairError: when it is run, the model enumerates a latent, which this would draw.
     """
 
@@ -117,6 +118,7 @@ class Prior(Program):
     ) -> None:
         (model,) = self.model
         given = by_name(self.names, args, kwargs)
+        model.covariates_in(given)  # all are there
 
         def hidden(message: Any) -> bool:
             # Parameters are the model's own affair, and what is observed is no site of a guide.

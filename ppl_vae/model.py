@@ -71,6 +71,8 @@ class GenerativeModel(Program):
 
     - ``forward(self, x=None, ..., *, n=None, total=None)``: arguments are the observable sites,
       by site name; one that is None is latent. Rows stand in ``self.rows(x, n=n, total=total)``.
+      Further keyword-only arguments are covariates, ``*, c, n=None, total=None``: always given, and
+      never sites. Such a model is one of the observables given c, p(x | c); c goes to ``rows`` too.
     - a method ``<site>_dist`` for each site, that returns its ``Distribution``; its arguments are
       sites by name, those that it depends on. For levels, ``z_dist(level, *above)``, where a
       starred argument takes all levels drawn before, the top first.
@@ -87,6 +89,37 @@ class GenerativeModel(Program):
             f"{cls.__name__} has no toy(): a model of the zoo needs one, for `show` and the tests"
         )
 
+    def example_covariates(self, n: int) -> dict[str, Tensor]:
+        """Covariates of ``n`` rows for a :meth:`toy`, by name: a conditional model of the zoo has
+        them, for `show` and the tests."""
+        if self.covariates:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no example_covariates(): a model of the zoo that is "
+                f"given {', '.join(self.covariates)} needs them, for `show` and the tests"
+            )
+        return {}
+
+    @property
+    def covariates(self) -> tuple[str, ...]:
+        """Names of what the model is given and does not model: the keyword-only arguments of
+        ``forward`` besides ``n`` and ``total``."""
+        parameters = inspect.signature(self.forward).parameters.values()
+        keywords = (p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return tuple(name for name in keywords if name not in ("n", "total"))
+
+    def covariates_in(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The covariates among some columns, by name.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        if missing := [name for name in self.covariates if name not in columns]:
+            raise ValueError(
+                f"{type(self).__name__} is a model given {', '.join(self.covariates)}: "
+                f"{missing[0]!r} is missing; pass it by name, with as many rows as are drawn"
+            )
+        return {name: columns[name] for name in self.covariates}
+
     @property
     def observables(self) -> tuple[str, ...]:
         """Names of the sites that can be observed: the positional arguments of ``forward``."""
@@ -94,17 +127,32 @@ class GenerativeModel(Program):
         return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def observed(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The columns of a batch that this model can observe, to be passed to it by name."""
-        return {name: columns[name] for name in self.observables if name in columns}
+        """The columns of a batch that this model can observe, and its covariates, to be passed to
+        it by name."""
+        names = (*self.observables, *self.covariates)
+        return {name: columns[name] for name in names if name in columns}
 
-    def simulate(self, n: int) -> dict[str, Tensor]:
+    def simulate(self, n: int, **covariates: Tensor) -> dict[str, Tensor]:
         """``n`` rows of the story from its start: a draw of every site, ``(n, event)`` each.
 
         Global sites have their event shape alone. Draws from torch's global random state.
+
+        Args:
+            covariates: ``(n, ...)`` each, all that the model is given; the result has them too.
+
+        Raises:
+            ValueError: a covariate is missing.
+            TypeError: an argument that is no covariate of the model.
         """
+        if unknown := [name for name in covariates if name not in self.covariates]:
+            raise TypeError(
+                f"{type(self).__name__}.simulate takes no {unknown[0]!r}: its covariates are "
+                f"{', '.join(self.covariates) or 'none'}"
+            )
+        given = self.covariates_in(covariates)
         with torch.no_grad(), own_parameters(self):
-            trace = poutine.trace(self).get_trace(n=n)
-        return {name: node["value"] for name, node in sample_nodes(trace)}
+            trace = poutine.trace(self).get_trace(n=n, **given)
+        return {name: node["value"] for name, node in sample_nodes(trace)} | given
 
 
 def sample_nodes(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:

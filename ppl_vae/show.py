@@ -11,14 +11,17 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from pyro.infer.inspect import get_model_relations
 
-from ppl_vae.model import GenerativeModel, own_parameters
+from ppl_vae.model import ROWS, GenerativeModel, own_parameters
 from ppl_vae.sites import aside, read_sites, support_name
 
 
 def story(model: GenerativeModel) -> str:
-    """The docstring, and the sites of an instance: plates, shapes, families, supports."""
+    """The docstring, and the sites of a toy: plates, shapes, families, supports."""
     rows = [("site", "", "plates", "event shape", "family", "support")]
-    for site in read_sites(model, n=2).values():
+    given = model.example_covariates(2)
+    for name, value in given.items():
+        rows.append((name, "covariate", ROWS, str(tuple(value.shape[1:])), "-", "-"))
+    for site in read_sites(model, n=2, **given).values():
         kind = "observable" if site.name in model.observables else "latent"
         rows.append(
             (
@@ -39,9 +42,12 @@ def story(model: GenerativeModel) -> str:
 
 
 def graph(model: GenerativeModel) -> Figure:
-    """The model's graph: observed sites shaded, a plate as a box (drawn with daft)."""
+    """A toy's graph: observed sites shaded, a plate as a box (drawn with daft).
+
+    Covariates are no random variables, and have no node.
+    """
     with own_parameters(model), aside():
-        observed = {k: v for k, v in model.simulate(2).items() if k in model.observables}
+        observed = model.observed(model.simulate(2, **model.example_covariates(2)))
         relations = get_model_relations(model, model_kwargs=observed)
     parents: Mapping[str, list[str]] = relations["sample_sample"]
     depth: dict[str, int] = {}

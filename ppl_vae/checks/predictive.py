@@ -15,9 +15,15 @@ from xarray import Dataset, DataTree
 
 from ppl_vae.checks.result import CheckResult
 from ppl_vae.checks.statistics import STATISTICS, Statistic, compute, holm, p_value
-from ppl_vae.draws import held_out, model_nodes, posterior_nodes, rows_at_once
+from ppl_vae.draws import (
+    held_out,
+    model_nodes,
+    posterior_nodes,
+    rows_at_once,
+    unobserved_sites,
+)
 from ppl_vae.model import GenerativeModel
-from ppl_vae.sites import check_data, check_pair, evaluating, read_sites
+from ppl_vae.sites import check_data, check_pair, evaluating
 
 
 def population_predictive(
@@ -36,13 +42,14 @@ def population_predictive(
     """Compares held-out data with data sets of as many rows that the fitted model emits.
 
     Replicates are drawn from the story's start: local latents, labels included, from their
-    priors, global ones from the guide. For a statistic T, ``p = 2 min(P(T_rep <= T), P(T_rep >=
-    T))``, at most 1, each probability estimated by ``(1 + count) / (1 + replicates)``, so that the
-    p-value is valid whatever the number of replicates (Phipson & Smyth 2010, Stat. Appl. Genet.
-    Mol. Biol. 9, 39). Ties count on both sides, which is conservative. The verdict is Holm's
-    (1979, Scand. J. Stat. 6, 65) over all statistics given, so that a model that is the truth
-    fails with probability ``level`` at most. The check is the population predictive check of
-    Moran, Blei & Ranganath 2019 (arXiv:1908.00882), with the fitted parameters as they are.
+    priors, global ones from the guide; covariates are those of the held-out rows. For a statistic
+    T, ``p = 2 min(P(T_rep <= T), P(T_rep >= T))``, at most 1, each probability estimated by ``(1 +
+    count) / (1 + replicates)``, so that the p-value is valid whatever the number of replicates
+    (Phipson & Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9, 39). Ties count on both sides, which is
+    conservative. The verdict is Holm's (1979, Scand. J. Stat. 6, 65) over all statistics given, so
+    that a model that is the truth fails with probability ``level`` at most. The check is the
+    population predictive check of Moran, Blei & Ranganath 2019 (arXiv:1908.00882), with the fitted
+    parameters as they are.
 
     Each record has the statistic's name, its observed value, mean and standard deviation over
     replicates, p with its Monte Carlo standard error, p adjusted by Holm, and the verdict:
@@ -143,7 +150,7 @@ def _replicates(
 ) -> Iterator[Tensor]:
     """Data sets from the fitted model, ``(rows, event)`` each, one at a time."""
     rows = len(columns[site])
-    sites = read_sites(model, n=2)
+    sites, given = unobserved_sites(model, columns), model.covariates_in(columns)
     at_once = rows_at_once(sites[site].event_shape.numel())
     shared = [s.name for s in sites.values() if not (s.local or s.observed)]
     # Rows are independent given the global sites: several small replicates in one run.
@@ -159,7 +166,10 @@ def _replicates(
         total = min(together, replicates - start) * rows
         parts: list[Tensor] = []
         for done in range(0, total, at_once):
-            nodes = model_nodes(model, fixed, rows=min(at_once, total - done))
+            size = min(at_once, total - done)
+            again = torch.arange(done, done + size) % rows
+            repeated = {name: value[again.to(value.device)] for name, value in given.items()}
+            nodes = model_nodes(model, fixed, rows=size, columns=repeated)
             parts.append(nodes[site]["value"])
         yield from torch.cat(parts).split(rows)
 

@@ -213,9 +213,9 @@ def test_global_latents_and_bounded_supports():
     ):
         assert np.isfinite(drawn(figure)).all()
     # Gamma(2, 1) has no quantile function in torch: draws stand in.
-    given = plots._latent(model, "z", "x")
+    given = plots._latent(model, "z", "x", {})
     with evaluating(0, model, guide):
-        found = plots._quantiles(model, {}, given, torch.tensor([0.1, 0.5, 0.9]))
+        found = plots._quantiles(model, {}, given, torch.tensor([0.1, 0.5, 0.9]), {})
     np.testing.assert_allclose(found[:, 0], scipy.stats.gamma(2).ppf([0.1, 0.5, 0.9]), rtol=0.08)
 
 
