@@ -13,12 +13,14 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
+from ppl_vae.batches import composition
 from ppl_vae.data import Dataset
 from ppl_vae.evaluation import check_measurable
 from ppl_vae.feed import Resident, Streamed
 from ppl_vae.loop import TrainingLoop
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import LinearWarmup, RowObjective, plain_elbo
+from ppl_vae.objectives import Evolving, LinearWarmup, Objective, SemiSupervised, plain_elbo
+from ppl_vae.objectives.semi_supervised import strata
 from ppl_vae.run import Run
 from ppl_vae.sites import check_pair, read_sites
 from ppl_vae.svi import SVI, parameters
@@ -58,15 +60,24 @@ def begin(
     train = dataset.split("train")
     validation = dataset.split("validation") if "validation" in dataset.splits else None
     dtype = torch.float64 if given["precision"] == "64-true" else torch.float32
-    batch_size = min(given["batch_size"], len(train))
-    example = model.observed(train.batch(slice(0, batch_size), fabric.device, dtype))
-    for program in (model, guide):
-        check_measurable(read_sites(program, **example).values())
-    check_pair(model, guide, **example, total=len(train))
+    composed = composition(model, train, given["batch_size"], given["labeled_batch"], seed)
+    example = feed(next(iter(feed.batches(composed.order(0)[:1]))))
+    objective: Objective | None = given["objective"]
+    if composed.labeled is not None and not isinstance(objective, SemiSupervised):
+        objective = SemiSupervised(0.0, objective=objective)
+    for columns, _ in strata(example):
+        if isinstance(objective, SemiSupervised):
+            objective.choose(model, guide, **columns)
+        columns.pop("labeled", None)
+        for program in (model, guide):
+            check_measurable(read_sites(program, **columns).values())
+        check_pair(model, guide, **columns)
+        objective = objective or plain_elbo(model, guide, **columns)
+    assert objective is not None
     warmup = given["warmup"]
     warmup = LinearWarmup(warmup) if isinstance(warmup, int | float) else warmup
     training = Training(
-        given["objective"] or plain_elbo(model, guide, **example),
+        objective,
         len(train),
         fabric.autocast,
         warmup=warmup,
@@ -120,7 +131,8 @@ def begin(
         device=fabric.device,
         dtype=dtype,
         epochs=given["epochs"],
-        batch_size=batch_size,
+        composition=composed,
+        withheld=() if composed.labeled is None else ("y",),
         seed=seed,
         patience=given["patience"],
         checkpoint_seconds=given["checkpoint_seconds"],
@@ -133,6 +145,7 @@ def begin(
 _SETTINGS = (
     "epochs",
     "batch_size",
+    "labeled_batch",
     "objective",
     "optimizer",
     "learning_rate",
@@ -151,7 +164,7 @@ def described(value: Any) -> Any:
     """A setting as ``run.json`` holds it: as it is, or by what it is called."""
     if isinstance(value, bool | int | float | str | None):
         return value
-    if is_dataclass(value) or isinstance(value, RowObjective):
+    if is_dataclass(value) or isinstance(value, Evolving):
         return repr(value)
     return getattr(value, "__qualname__", str(type(value)))
 

@@ -6,7 +6,7 @@ Draws are made together, in a plate of particles to the left of the model's own 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyro
@@ -30,10 +30,14 @@ def example(model: torch.nn.Module) -> Tensor:
     return next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros(()))
 
 
-def observed(model: GenerativeModel, rows: Rows, indices: Tensor | slice) -> dict[str, Tensor]:
-    """What the model observes of these rows, and its covariates, on its device and in its dtype."""
+def observed(
+    model: GenerativeModel, rows: Rows, indices: Tensor | slice, withheld: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """What the model observes of these rows but for ``withheld`` sites, and its covariates, on its
+    device and in its dtype."""
     like = example(model)
-    return model.observed(rows.batch(indices, device=like.device, dtype=like.dtype))
+    columns = rows.batch(indices, device=like.device, dtype=like.dtype)
+    return model.observed({k: column for k, column in columns.items() if k not in withheld})
 
 
 def held_out(

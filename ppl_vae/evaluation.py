@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppl_vae.data import Rows, as_dataset
+from ppl_vae.calibration import LabelScores
+from ppl_vae.data import Dataset, Rows, as_dataset
 from ppl_vae.draws import observed
 from ppl_vae.importance import Budget, Compile, Figures, budget, mean_figures, parts
 from ppl_vae.model import ROWS, GenerativeModel
+from ppl_vae.names import nearest
 from ppl_vae.objectives import Terms
 from ppl_vae.sites import (
     Site,
     check_data,
+    check_labels,
     check_pair,
     evaluating,
     read_sites,
@@ -39,6 +42,9 @@ class Evaluation:
         active_units: latents whose posterior mean has a variance over the rows of more than 0.01
             (Burda et al. 2016, arXiv:1509.00519, section 5.2). Where a family has no mean in closed
             form, the image of its base's mean stands in.
+        labels: where labels were withheld from the pair, how well it finds them: by the "classifier"
+            q(y | x), which is the guide's, and by "importance" sampling of p(y | x), which is the
+            model's; None where nothing was to be found.
         samples, split, rows, seed: what the figures were computed from.
     """
 
@@ -52,6 +58,7 @@ class Evaluation:
     kl_per_site: dict[str, float]
     kl_per_latent: dict[str, list[float]]
     active_units: int
+    labels: dict[str, LabelScores] | None
     samples: int
     split: str
     rows: int
@@ -59,9 +66,13 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The figures in JSON types; a standard error of a single row is None."""
+        figures = asdict(self)
+        # A figure that does not apply is left out; others read the file by its names.
+        if self.labels is None:
+            del figures["labels"]
         return {
             name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in asdict(self).items()
+            for name, value in figures.items()
         }
 
 
@@ -79,6 +90,7 @@ def evaluate(
     seed: int = 0,
     memory: int = 512,
     compile: Compile = "auto",
+    withheld: Sequence[str] | None = None,
 ) -> Evaluation:
     """ELBO and NLL of every row of a split, with ``samples`` draws a row.
 
@@ -97,10 +109,17 @@ def evaluate(
         compile: whether to compile the model's part, which takes seconds; "auto" weighs the
             measured time of the draws still to do against that. Draws are the same either way,
             figures up to rounding. What cannot be compiled runs eagerly, with a warning.
+        withheld: observables that are inferred, although the data have them; None: the labels
+            ``y`` where they are withheld from some training rows. Figures are then those of the
+            other observables, p(x), and ``labels`` says how well the labels are found.
+
+    Of enumerated sites, and of withheld ones that have finitely many values, every value is tried:
+    the ELBO is exact in them, and a draw's importance weight is the sum over them.
 
     Raises:
-        ValueError: ``samples`` or ``memory`` below 1; an enumerated site, or one in a plate besides
-            that of the rows.
+        ValueError: ``samples`` or ``memory`` below 1; a site in a plate besides that of the rows;
+            more values of enumerated sites than can be tried; ``withheld`` that names no
+            observable, or all of them.
         PairError: model, guide and data do not fit each other.
         FloatingPointError: discrete data with a probability above 1: a diverged guide.
     """
@@ -108,13 +127,16 @@ def evaluate(
         raise ValueError(f"evaluate(samples={samples}, memory={memory}): expected at least 1")
     dataset = as_dataset(data)
     rows = dataset.split(split)
+    hidden = _withheld(model, dataset, withheld)
     with evaluating(seed, model, guide):
-        probe = observed(model, rows, slice(0, 4))
+        probe = observed(model, rows, slice(0, 4), hidden)
         model.covariates_in(probe)  # all are there
         check_pair(model, guide, **probe)
         sites = read_sites(model, **probe)
         check_measurable(sites.values())
-        check_data(model, (observed(model, rows, part) for part in parts(len(rows), 1000)))
+        check_labels(model, dataset, split)
+        batches = (observed(model, rows, part, hidden) for part in parts(len(rows), 1000))
+        check_data(model, batches)
         columns = mean_figures(
             model,
             guide,
@@ -122,6 +144,7 @@ def evaluate(
             samples=samples,
             budget=budget(model, guide, probe, samples=samples, memory=memory),
             compile=compile,
+            withheld=hidden,
         )
     kl = _kl_per_site(columns)
     elbo, evidence = columns["elbo", ""], columns["log evidence", ""]
@@ -155,6 +178,7 @@ def evaluate(
             for kind, site in columns
             if kind == "posterior mean"
         ),
+        labels=_label_scores(columns, rows, hidden),
         samples=samples,
         split=split,
         rows=len(rows),
@@ -162,28 +186,67 @@ def evaluate(
     )
 
 
-def mean_elbo(model: GenerativeModel, guide: torch.nn.Module, rows: Rows, *, seed: int) -> Terms:
+def mean_elbo(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    rows: Rows,
+    *,
+    seed: int,
+    withheld: Collection[str] = (),
+) -> Terms:
     """The ELBO of a whole split, in nats per datum, from one draw a row."""
     with evaluating(seed, model, guide):
         columns = mean_figures(
-            model, guide, rows, samples=1, budget=Budget(1000, 1000), compile=False
+            model,
+            guide,
+            rows,
+            samples=1,
+            budget=Budget(1000, 1000),
+            compile=False,
+            withheld=withheld,
         )
     kl = sum(_kl_per_site(columns).values())
     return Terms(columns["reconstruction", ""].mean(), torch.tensor(kl))
+
+
+def _withheld(
+    model: GenerativeModel, dataset: Dataset, withheld: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The observables that are inferred."""
+    if withheld is None:
+        partly = dataset.split("train").labeled is not None and "y" in model.observables
+        return ("y",) if partly else ()
+    known = [name for name in model.observables if name in dataset.columns]
+    if unknown := [name for name in withheld if name not in model.observables]:
+        raise ValueError(
+            f"withheld={withheld}: {type(model).__name__} has no observable {unknown[0]!r}; "
+            + nearest(unknown[0], model.observables)
+        )
+    if known and not set(known) - set(withheld):
+        raise ValueError(f"withheld={withheld}: nothing is left to infer it from")
+    return tuple(withheld)
+
+
+def _label_scores(
+    columns: Figures, rows: Rows, withheld: Collection[str]
+) -> dict[str, LabelScores] | None:
+    name = next((n for n in withheld if ("probability", n) in columns), None)
+    labels = None if name is None else rows.stored.get(name)
+    if name is None or labels is None or labels.dtype != torch.int64 or (labels < 0).any():
+        return None
+    return {
+        "classifier": LabelScores.of(columns["probability", name], labels),
+        "importance": LabelScores.of(columns["log evidence", name].softmax(1), labels),
+    }
 
 
 def check_measurable(sites: Iterable[Site]) -> None:
     """Refuse what rows' figures cannot be computed of yet.
 
     Raises:
-        ValueError: a site that the model enumerates, or one in a plate besides the rows'.
+        ValueError: a site in a plate besides the rows'.
     """
     for site in sites:
-        if site.enumerated:
-            raise ValueError(
-                f"site {site.name!r} is enumerated: its ELBO a row needs a sum over its values, "
-                "which is not there yet; fit such a pair with ppl_vae.SVI and TraceEnum_ELBO"
-            )
         if set(site.plates) - {ROWS}:
             raise ValueError(
                 f"site {site.name!r} stands in plates {', '.join(site.plates)}; expected none but "

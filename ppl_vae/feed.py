@@ -14,20 +14,50 @@ from ppl_vae.model import GenerativeModel
 Feed = dict[str, Any]
 
 
-class Resident:
-    """Rows that lie on the device: a batch is their numbers, gathered and binarized in the step.
+class _Rows:
+    """Makes rows, as they are stored, into the programs' arguments.
 
     Args:
         model: says which columns it observes.
-        rows: of the training split, on any device; they are moved.
+        rows: of the training split.
         device, dtype: of the model.
+        labeled: how many rows of a batch have labels, the first ones; None: all.
     """
 
     def __init__(
-        self, model: GenerativeModel, rows: Rows, device: torch.device, dtype: torch.dtype
+        self,
+        model: GenerativeModel,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        labeled: int | None = None,
     ) -> None:
-        self._model, self._rows = model, rows.to(device)
+        self._model, self._rows = model, rows
         self._device, self._dtype = device, dtype
+        self._labeled, known = labeled, rows.labeled
+        self._sizes = {"total": len(rows)}
+        if labeled is not None and known is not None:
+            self._sizes["labeled"] = len(known)
+
+    def _arguments(self, batch: dict[str, Tensor]) -> Feed:
+        columns = self._model.observed(batch)
+        if self._labeled is not None:
+            columns["y"] = columns["y"][: self._labeled]
+        return {**columns, **self._sizes}
+
+
+class Resident(_Rows):
+    """Rows that lie on the device: a batch is their numbers, gathered and binarized in the step."""
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        labeled: int | None = None,
+    ) -> None:
+        super().__init__(model, rows.to(device), device, dtype, labeled)
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a step takes, for each batch's row numbers."""
@@ -40,24 +70,25 @@ class Resident:
 
     def __call__(self, numbers: Tensor) -> Feed:
         """The programs' arguments; inside the step."""
-        batch = self._rows.batch(numbers, self._device, self._dtype)
-        return {**self._model.observed(batch), "total": len(self._rows)}
+        return self._arguments(self._rows.batch(numbers, self._device, self._dtype))
 
 
-class Streamed:
+class Streamed(_Rows):
     """Rows that the device has no room for: gathered on the host, a batch ahead of the step.
 
     On CUDA, batches travel as they are stored, bytes for grey images, from pinned memory and on a
     stream of their own, and become floats, or bits, in the step.
-
-    Args: as :class:`Resident`; the rows stay where they are.
     """
 
     def __init__(
-        self, model: GenerativeModel, rows: Rows, device: torch.device, dtype: torch.dtype
+        self,
+        model: GenerativeModel,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        labeled: int | None = None,
     ) -> None:
-        self._model, self._rows = model, rows
-        self._device, self._dtype = device, dtype
+        super().__init__(model, rows, device, dtype, labeled)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -72,8 +103,7 @@ class Streamed:
 
     def __call__(self, gathered: dict[str, Tensor]) -> Feed:
         """The programs' arguments; inside the step."""
-        batch = self._rows.ready(gathered, self._device, self._dtype)
-        return {**self._model.observed(batch), "total": len(self._rows)}
+        return self._arguments(self._rows.ready(gathered, self._device, self._dtype))
 
     def _send(self, numbers: Tensor) -> dict[str, Tensor]:
         gathered = self._rows.gather(numbers)
@@ -97,11 +127,15 @@ ROOM = 0.5
 
 
 def feed_for(
-    model: GenerativeModel, rows: Rows, device: torch.device, dtype: torch.dtype
+    model: GenerativeModel,
+    rows: Rows,
+    device: torch.device,
+    dtype: torch.dtype,
+    labeled: int | None = None,
 ) -> Resident | Streamed:
     """The feed for training rows: resident where they fit the device's memory."""
     if device.type == "cuda":
         size = sum(value.numel() * value.element_size() for value in rows.stored.values())
         if size > ROOM * torch.cuda.mem_get_info(device)[0]:
-            return Streamed(model, rows, device, dtype)
-    return Resident(model, rows, device, dtype)
+            return Streamed(model, rows, device, dtype, labeled)
+    return Resident(model, rows, device, dtype, labeled)

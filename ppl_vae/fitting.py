@@ -17,17 +17,18 @@ from pyro.infer import RenyiELBO, ReweightedWakeSleep
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ppl_vae.batches import composition, known_columns
 from ppl_vae.begin import OPTIMIZERS, begin
 from ppl_vae.data import Dataset, as_dataset
 from ppl_vae.feed import feed_for
 from ppl_vae.launch import launch
 from ppl_vae.loop import interruption, train
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import Objective, RowObjective, Schedule
+from ppl_vae.objectives import Evolving, Objective, Schedule
 from ppl_vae.progress import tensorboard_writer, training_progress
 from ppl_vae.replicas import Together, folders, pairs, start
 from ppl_vae.run import Run
-from ppl_vae.sites import aside, check_data
+from ppl_vae.sites import aside, check_data, check_labels
 from ppl_vae.workers import Alone, Several, WorkerLost
 
 
@@ -54,6 +55,7 @@ def fit(
     *,
     epochs: int = 100,
     batch_size: int = 100,
+    labeled_batch: int | None = None,
     seed: int = 0,
     seeds: int | None = None,
     out: str | Path | None = None,
@@ -86,7 +88,12 @@ def fit(
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes: a bare tensor or array
             ``(rows, ...)``, or a dict of them by site name. The model gets the columns that it
             can observe.
-        epochs: passes over the training rows.
+        epochs: passes over the training rows; where labels are withheld from some, over those.
+        batch_size: rows of a batch, with labels and without.
+        labeled_batch: rows of a batch that have labels, where labels are withheld from others (see
+            :meth:`ppl_vae.data.Dataset.labeled`); they come again and again. None: half of the
+            batch, or all rows with labels where those are fewer. How much they count does not
+            depend on it: see :class:`ppl_vae.objectives.SemiSupervised`.
         seed: of the noise and of the order of the rows.
         seeds: train so many replicas at once, with seeds from ``seed`` upwards: each a run of its
             own, with its own weights, order of rows, noise, metrics, early stopping and
@@ -96,7 +103,8 @@ def fit(
         out: folder of the run; None keeps nothing on disk. It must not hold another run.
         resume: go on with the run in ``out``, to the same bits as if it had never stopped (same
             machine, same arguments; more epochs may be asked for, but not with "cosine").
-        objective: what is maximized; None takes :func:`ppl_vae.objectives.plain_elbo`. What it
+        objective: what is maximized; None takes :func:`ppl_vae.objectives.plain_elbo`, of rows with
+            and without labels where some are withheld. What it
             learns itself (a discriminator) is trained in the same step; replicas have copies.
         optimizer: "adam", "adamw" or "adamax".
         learning_rate, weight_decay: of the optimizer, for a loss in nats per datum.
@@ -164,7 +172,7 @@ def fit(
         program.to(fabric.device, dtype).train()
     model, guide = copies[0]
     trained = [model, guide]
-    if isinstance(objective, RowObjective) and objective.state is not None:
+    if isinstance(objective, Evolving) and objective.state is not None:
         trained.append(objective.state.to(fabric.device, dtype))
     workers = Several(fabric, *trained) if fabric.world_size > 1 else Alone()
     dataset = as_dataset(data)
@@ -172,11 +180,17 @@ def fit(
     validation = dataset.split("validation") if "validation" in dataset.splits else None
     if validation is None and (patience is not None or schedule == "plateau"):
         raise ValueError(f"patience and plateau need a validation split; {dataset.name} has none")
+    labeled = composition(model, rows, batch_size, labeled_batch, seed).labeled
+    if labeled is not None and workers.count > 1:
+        raise ValueError(
+            f"{workers.count} workers: rows with and without labels need one device, devices=1"
+        )
     with aside():
         # Every value that training will see, once, so that no step needs to look.
-        for split in (rows, validation):
-            if split is not None:
-                batches = split.batches(1000, fabric.device, dtype)
+        for name in ("train", "validation"):
+            if name in dataset.splits:
+                check_labels(model, dataset, name)
+                batches = known_columns(dataset.split(name), fabric.device, dtype)
                 check_data(model, map(model.observed, batches))
 
     with ExitStack() as stack:
@@ -186,7 +200,7 @@ def fit(
         if matmul_precision is not None:
             stack.enter_context(_matmul_precision(matmul_precision))
         torch.manual_seed(seed)
-        feed = feed_for(model, rows, fabric.device, dtype)
+        feed = feed_for(model, rows, fabric.device, dtype, labeled)
         loops = [
             begin(
                 *pair,
@@ -274,7 +288,8 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"objective={type(given['objective']).__name__}: it is not linear in "
             "log-probabilities, which fit divides by the number of rows, so it would be another "
-            "objective; take ppl_vae.objectives.IWAE or DReG, or run it with ppl_vae.SVI"
+            "objective; take ppl_vae.objectives.IWAE, DReG or ReweightedWakeSleep, or run it with "
+            "ppl_vae.SVI"
         )
     if given["resume"] and given["out"] is None:
         raise ValueError("resume=True: give out=, the folder of the run to go on with")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vae import graphs
+from ppl_vae.assignments import Assignments, Figures, Key
 from ppl_vae.centers import center
 from ppl_vae.data import Rows
 from ppl_vae.draws import observed, particles
@@ -32,12 +33,6 @@ from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
 
 Compile = Literal["auto"] | bool
 """Whether to compile the scoring of draws; "auto": where that saves time, compiling included."""
-
-Key = tuple[str, str]
-"""A figure and the site it belongs to ("" for all together)."""
-
-Figures = dict[Key, Tensor]
-"""Float64, ``(draws, rows, ...)``: one draw where all are alike, one row for a global site."""
 
 _Tree = TypeVar("_Tree")
 
@@ -86,12 +81,18 @@ def mean_figures(
     samples: int,
     budget: Budget,
     compile: Compile,
+    withheld: Collection[str] = (),
 ) -> Figures:
     """Figures of every row, ``(rows, ...)`` on the CPU, averaged over ``samples`` draws.
 
     These are "reconstruction", "elbo" and their log-mean-exp "log evidence"; of each site "kl" (or
     "global kl", shared by the rows); and in closed form, where there is one, "kl per latent" and
     "posterior mean". What a global site has of these stands at each row of a block alike.
+
+    Of sites that are enumerated, and of ``withheld`` ones, observables that are inferred although
+    the rows have them, every value is tried; figures are means under their probabilities, and
+    importance weights sums (see :class:`Assignments`). Of each such site, "probability" and "log
+    evidence" hold a figure a value.
 
     Log-densities are computed, and summed over a site's entries, in the model's dtype; all sums
     over sites and draws are float64.
@@ -100,29 +101,64 @@ def mean_figures(
     draws_a_chunk, rows_a_chunk = _split(draws, step, budget.chunk)
     scorer = _Scorer(model, compile, samples * len(rows) // (draws_a_chunk * rows_a_chunk))
     means = _Means(len(rows), samples)
+    some_rows = observed(model, rows, slice(0, 2), withheld)
+    assignments = Assignments(model, guide, some_rows, withheld)
     for part in parts(len(rows), step):
-        batch = observed(model, rows, part)
+        batch = observed(model, rows, part, withheld)
         for some in parts(samples, draws):
-            drawn, figures = draw(guide, batch, _size(some))
+            drawn, figures = draw_all(guide, batch, _size(some), assignments)
             means.add(figures, part, _size(some))
             for (d, new_d), (r, new_r) in product(
                 _overlapping(_size(some), draws_a_chunk), _overlapping(_size(part), rows_a_chunk)
             ):
                 columns = {name: column[r] for name, column in batch.items()}
-                figures = scorer(columns, _cut(drawn, d, r), _size(d))
+                own = [_cut(one, d, r) for one in drawn]
+                each = [scorer(columns, one, _size(d)) for one in own]
+                figures = assignments.combine(each, [one.log_q for one in own])
                 at = slice(part.start + r.start + new_r.start, part.start + r.stop)
                 means.add(_cut(figures, new_d, new_r), at, _size(new_d))
     return means.result()
 
 
-def draw(guide: torch.nn.Module, batch: Mapping[str, Tensor], draws: int) -> tuple[Draws, Figures]:
-    """Draw every latent for each row of a batch; also the figures that the guide alone gives."""
+def draw_all(
+    guide: torch.nn.Module, batch: Mapping[str, Tensor], draws: int, assignments: Assignments
+) -> tuple[list[Draws], Figures]:
+    """Draw the latents for each combination of enumerated sites' values, which are among them."""
+    pairs = [draw(guide, batch, draws, values) for values in assignments.of_guide()]
+    rows = len(next(iter(batch.values())))
+    each = [
+        drawn._replace(values=drawn.values | _of_all(values, draws, rows))
+        for drawn, _ in pairs
+        for values in assignments.of_model()
+    ]
+    return each, assignments.mean([f for _, f in pairs], [drawn.log_q for drawn, _ in pairs])
+
+
+def _of_all(values: Mapping[str, Tensor], draws: int, rows: int) -> dict[str, Tensor]:
+    """One value for all draws and rows."""
+    return {name: value.expand(draws, rows, *value.shape) for name, value in values.items()}
+
+
+def draw(
+    guide: torch.nn.Module,
+    batch: Mapping[str, Tensor],
+    draws: int,
+    values: Mapping[str, Tensor] | None = None,
+) -> tuple[Draws, Figures]:
+    """Draw every latent for each row of a batch; also the figures that the guide alone gives.
+
+    Args:
+        values: of sites that are not drawn, ``(event)`` each; they are scored all the same.
+    """
+    values = values or {}
+    given = _of_all(values, draws, len(next(iter(batch.values()))))
+    conditioned = poutine.condition(guide, data=given)
     with own_parameters(guide):
-        trace = poutine.trace(particles(draws, 1)(guide)).get_trace(**batch)
+        trace = poutine.trace(particles(draws, 1)(conditioned)).get_trace(**batch)
     drawn, figures = Draws({}, {}, {}), Figures()
     auxiliary: dict[str, Tensor] = {}
     for name, node in sample_nodes(trace):
-        if node["is_observed"]:
+        if node["is_observed"] and name not in values:
             continue
         q = node["fn"]
         log_q = q.log_prob(node["value"]).double()
@@ -154,7 +190,8 @@ def score(model: GenerativeModel, batch: Mapping[str, Tensor], drawn: Draws, dra
         if node["is_observed"] and name not in drawn.values:
             reconstruction = reconstruction + log_p
             continue
-        kl = drawn.log_q[name] - log_p
+        # A site that the model enumerates has no density of the guide's.
+        kl = drawn.log_q[name] - log_p if name in drawn.log_q else -log_p
         p = _diagonal_normal(node["fn"])
         if p is not None and name in drawn.normals:
             closed = kl_divergence(TorchNormal(*drawn.normals[name]), TorchNormal(*p))
@@ -180,10 +217,11 @@ def budget(
 ) -> Budget:
     """What fits into ``memory`` MiB, and into the cache, as found by drawing for a small batch."""
     draws = min(samples, 16)
+    assignments = Assignments(model, guide, batch)
     with _OutputBytes() as made_by_guide:
-        drawn, _ = draw(guide, batch, draws)
+        drawn, _ = draw_all(guide, batch, draws, assignments)
     with _OutputBytes() as made_by_model:
-        score(model, batch, drawn, draws)
+        score(model, batch, drawn[0], draws)
     # A block is alive while its chunks are scored.
     most = memory * 2**20 // 2
     column = next(iter(batch.values()))
@@ -266,12 +304,16 @@ class _Means:
 
     def add(self, figures: Figures, rows: slice, draws: int) -> None:
         """Take in ``draws`` draws of some rows."""
-        for key, value in figures.items():
+        summed = {key: value for key, value in figures.items() if key[0] == "log weight"}
+        if ("elbo", "") in figures:
+            summed = {("log weight", ""): figures["elbo", ""]} | summed
+        for (_, site), value in summed.items():
+            log_sum = self._column(("log evidence", site), value, -math.inf)
+            log_sum[rows] = torch.logaddexp(log_sum[rows], value.logsumexp(0))
+        for key in figures.keys() - summed.keys():
             # Of a figure that is alike for all draws only one is there.
+            value = figures[key]
             self._column(key, value, 0.0)[rows] += value.mean(0) * (draws / self._samples)
-            if key == ("elbo", ""):
-                log_sum = self._column(("log evidence", ""), value, -math.inf)
-                log_sum[rows] = torch.logaddexp(log_sum[rows], value.logsumexp(0))
 
     def _column(self, key: Key, like: Tensor, start: float) -> Tensor:
         # All at once: small results allocated between large intermediate ones would keep the
@@ -282,7 +324,9 @@ class _Means:
 
     def result(self) -> Figures:
         means = {key: column.cpu() for key, column in self._means.items()}
-        means["log evidence", ""] -= math.log(self._samples)
+        for kind, site in means:
+            if kind == "log evidence":
+                means[kind, site] -= math.log(self._samples)
         return means
 
 

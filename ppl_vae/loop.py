@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ppl_vae.batches import Shuffled
 from ppl_vae.checkpoints import Checkpoint, CorruptCheckpoint
 from ppl_vae.data import Rows
 from ppl_vae.evaluation import mean_elbo
@@ -42,10 +43,11 @@ class TrainingLoop:
     feed: Resident | Streamed
     train: Rows
     validation: Rows | None
+    withheld: tuple[str, ...]  # observables that are inferred, also where data have them
     device: torch.device
     dtype: torch.dtype
     epochs: int
-    batch_size: int
+    composition: Shuffled
     seed: int
     patience: int | None
     checkpoint_seconds: float
@@ -65,7 +67,7 @@ class TrainingLoop:
 
     @property
     def batches(self) -> int:
-        return math.ceil(len(self.train) / self.batch_size)
+        return len(self.composition)
 
     @property
     def running(self) -> bool:
@@ -100,13 +102,8 @@ class TrainingLoop:
         return [(numbers, self.epochs * sizes.count(len(numbers))) for numbers in examples]
 
     def order(self) -> list[Tensor]:
-        """The row numbers of each batch of the epoch, of all workers together.
-
-        A function of seed and epoch, so that a checkpoint within an epoch needs no list.
-        """
-        seed = (self.seed * 1_000_003 + self.epoch) % 2**63
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-        return list(order.split(self.batch_size))
+        """The row numbers of each batch of the epoch, of all workers together."""
+        return self.composition.order(self.epoch)
 
     def batches_left(self) -> Iterator[Any]:
         """This worker's shares of the epoch's remaining batches, as the step takes them."""
@@ -153,6 +150,7 @@ class TrainingLoop:
         number = self.batch - len(losses) + int(bad[0])
         rows = self.order()[number]
         batch = self.model.observed(self.train.batch(rows, self.device, self.dtype))
+        batch = {name: value for name, value in batch.items() if name not in self.withheld}
         self.batch = number + 1
         culprit = _culprit(self.model, self.guide, batch)
         self._stop(f"the loss is {values[int(bad[0])].item()}; {culprit}")
@@ -173,7 +171,9 @@ class TrainingLoop:
         validation_elbo = None
         if (rows := self.validation) is not None:
             terms = self.workers.of_first(
-                lambda: mean_elbo(self.model, self.guide, rows, seed=self.seed)
+                lambda: mean_elbo(
+                    self.model, self.guide, rows, seed=self.seed, withheld=self.withheld
+                )
             )
             validation_elbo = float(terms.elbo)
             row |= {

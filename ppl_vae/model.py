@@ -77,7 +77,13 @@ class GenerativeModel(Program):
       sites by name, those that it depends on. For levels, ``z_dist(level, *above)``, where a
       starred argument takes all levels drawn before, the top first.
     - ``toy()``, for a model of the zoo: a small instance, on which the contract tests run.
+
+    Attributes:
+        classes: number of classes, where labels are one-hot sites or covariates; data hold them as
+            numbers. None: there are no labels.
     """
+
+    classes: int | None = None
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -128,9 +134,17 @@ class GenerativeModel(Program):
 
     def observed(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The columns of a batch that this model can observe, and its covariates, to be passed to
-        it by name."""
+        it by name. Labels ``(rows,)`` come one-hot, ``(rows, classes)``; a withheld one as zeros.
+        """
         names = (*self.observables, *self.covariates)
-        return {name: columns[name] for name in names if name in columns}
+        return {name: self._one_hot(columns[name]) for name in names if name in columns}
+
+    def _one_hot(self, column: Tensor) -> Tensor:
+        if self.classes is None or column.dtype != torch.int64 or column.dim() != 1:
+            return column
+        like = next(self.parameters(), torch.zeros(()))
+        every = torch.arange(self.classes, device=column.device)
+        return (column.unsqueeze(-1) == every).to(like.dtype)
 
     def simulate(self, n: int, **covariates: Tensor) -> dict[str, Tensor]:
         """``n`` rows of the story from its start: a draw of every site, ``(n, event)`` each.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,8 +11,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_vae.objectives import Objective, RowObjective, Schedule, Terms, backward
+from ppl_vae.objectives import Evolving, Objective, Schedule, Terms, backward
+from ppl_vae.objectives.enumeration import Enumeration
 from ppl_vae.objectives.rows import PARTICLES
+from ppl_vae.objectives.semi_supervised import UNHEARD, strata
 
 
 class Training:
@@ -61,7 +62,7 @@ class Training:
         weighted = warmup is None or warmup.ends > 0
         self._weight = torch.ones((), dtype=dtype, device=device) if weighted else None
         # An attribute, so that a recorded step sees what it takes for granted of it.
-        self.state = objective.state if isinstance(objective, RowObjective) else None
+        self.state = objective.state if isinstance(objective, Evolving) else None
         if self.state is not None:
             self.state.to(device, dtype)
 
@@ -80,13 +81,13 @@ class Training:
     def ends(self) -> float:
         """The epoch from which the objective stays as it is."""
         ends = 0.0 if self.warmup is None else self.warmup.ends
-        return max(ends, self.objective.ends) if isinstance(self.objective, RowObjective) else ends
+        return max(ends, self.objective.ends) if isinstance(self.objective, Evolving) else ends
 
     def at(self, epoch: float) -> None:
         """Take up the point of training, in epochs from its start (fractions count)."""
         if self.warmup is not None and self._weight is not None:
             self.weight = self.warmup(epoch)
-        if isinstance(self.objective, RowObjective):
+        if isinstance(self.objective, Evolving):
             self.objective.at(epoch)
 
     @property
@@ -120,23 +121,42 @@ class Training:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        some = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         loss: Any = 0.0
-        for part in range(self.parts):
-            own_args = tuple(_part(value, part, self.parts) for value in args)
-            own_kwargs = {k: _part(value, part, self.parts) for k, value in kwargs.items()}
-            size = len(_part(some, part, self.parts))
-            if size == 0:
-                continue
-            share = size / len(some) / self.total
-            latent = share if self._weight is None else share * self._weight
-            scale = _Scale(observed=share, latent=latent)
-            watch = _Watch(self.autocast)
-            watched = watch.of_model(scale(model)), watch.of_guide(scale(guide))
-            loss = loss + how(self.objective, *watched, *own_args, **own_kwargs)
-            terms = watch.terms(self.total)
-            new = (terms.reconstruction, terms.kl, torch.ones(()))
-            self.totals += size * torch.stack([x.to(self.totals) for x in new])
+        batch = max(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        for columns, share in strata(kwargs):
+            tensors = [v for v in (*args, *columns.values()) if isinstance(v, Tensor)]
+            rows = len(tensors[0])
+            for part in range(self.parts):
+                own_args = tuple(_part(value, part, self.parts) for value in args)
+                own_kwargs = {k: _part(value, part, self.parts) for k, value in columns.items()}
+                size = len(_part(tensors[0], part, self.parts))
+                if size == 0:
+                    continue
+                loss = loss + self._run_part(
+                    how, model, guide, own_args, own_kwargs, share * size / rows, batch
+                )
+        return loss
+
+    def _run_part(
+        self,
+        how: Callable[..., Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        share: float,
+        batch: int,
+    ) -> Any:
+        """Run rows that stand for a share of a batch of so many."""
+        observed = share / self.total
+        latent = observed if self._weight is None else observed * self._weight
+        scale = _Scale(observed=observed, latent=latent)
+        watch = _Watch(self.autocast)
+        watched = watch.of_model(scale(model)), watch.of_guide(scale(guide))
+        loss = how(self.objective, *watched, *args, **kwargs)
+        terms = watch.terms(self.total)
+        new = (terms.reconstruction, terms.kl, torch.ones(()))
+        self.totals += share * batch * torch.stack([x.to(self.totals) for x in new])
         return loss
 
 
@@ -166,14 +186,10 @@ class _Watch:
 
     def __init__(self, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self.autocast = autocast
-        self.runs = 0
-        self.enumerated = False
-        self.observed: Tensor | float = 0.0
-        self.latent: Tensor | float = 0.0  # log p - log q of the latents
+        self.runs: list[_Run] = []
 
     def of_model(self, model: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.runs += 1
             with _Listen(self._hear_model), self.autocast():
                 return model(*args, **kwargs)
 
@@ -187,21 +203,68 @@ class _Watch:
         return watched
 
     def _hear_model(self, msg: Any) -> None:
-        self.enumerated |= bool(msg["infer"].get("enumerate"))
-        if msg["is_observed"]:
-            self.observed = self.observed + log_prob_sum(msg)
-        else:
-            self.latent = self.latent + log_prob_sum(msg)
+        if not self.runs or msg["name"] in self.runs[-1].model:
+            self.runs.append(_Run())
+        self.runs[-1].model[msg["name"]] = _Heard(msg)
 
     def _hear_guide(self, msg: Any) -> None:
-        self.latent = self.latent - log_prob_sum(msg)
+        if not self.runs or self.runs[-1].model:
+            self.runs.append(_Run())
+        self.runs[-1].guide[msg["name"]] = _Heard(msg)
 
     def terms(self, total: int) -> Terms:
-        if self.enumerated:
-            # The sum over an enumerated site's values needs their weights, which are not heard.
-            return Terms(torch.tensor(math.nan), torch.tensor(math.nan))
-        runs = self.runs * total
-        return Terms(torch.as_tensor(self.observed) / runs, -torch.as_tensor(self.latent) / runs)
+        runs = [run.sums() for run in self.runs]
+        reconstruction, latent = (
+            sum(part) / (len(runs) * total) for part in zip(*runs, strict=True)
+        )
+        return Terms(torch.as_tensor(reconstruction), -torch.as_tensor(latent))
+
+
+class _Heard:
+    """A site as it was heard: its log-probability, without gradient, and how it counts."""
+
+    def __init__(self, msg: Any) -> None:
+        # Not under no_grad: a transform keeps the last value that it inverted, and would give it
+        # to the estimator's own look at the site without its gradient.
+        self.log_prob: Tensor = msg["fn"].log_prob(msg["value"]).detach()
+        if msg["mask"] is not None:
+            self.log_prob = torch.where(torch.as_tensor(msg["mask"]), self.log_prob, 0.0)
+        self.node = {name: msg[name] for name in ("is_observed", "infer")}
+        # Scaled up by the plates but by nothing else; particles are averaged.
+        self.scale = 1.0
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == PARTICLES:
+                self.scale /= frame.size
+            elif frame.full_size != frame.size:
+                self.scale *= frame.full_size / frame.size
+
+
+class _Run:
+    """What was heard of one run of a pair."""
+
+    def __init__(self) -> None:
+        self.model: dict[str, _Heard] = {}
+        self.guide: dict[str, _Heard] = {}
+
+    def sums(self) -> tuple[Tensor | float, Tensor | float]:
+        """Over all rows: log p of the observed sites, and log p - log q of the latents."""
+        sides = self.model, self.guide
+        p, q = ({name: heard.log_prob for name, heard in side.items()} for side in sides)
+        nodes = [{name: heard.node for name, heard in side.items()} for side in sides]
+        enumeration = Enumeration(*nodes, p, q)
+        observed: Tensor | float = 0.0
+        latent: Tensor | float = 0.0
+        for name, heard in self.model.items():
+            log_p = heard.scale * enumeration.mean(p[name]).sum()
+            if heard.node["is_observed"]:
+                observed = observed + log_p
+                continue
+            latent = latent + log_p
+            if name in enumeration.log_q:
+                latent = latent - heard.scale * enumeration.mean(enumeration.log_q[name]).sum()
+        for name, heard in self.guide.items():
+            latent = latent - heard.scale * enumeration.mean(q[name]).sum()
+        return observed, latent
 
 
 class _Listen(Messenger):
@@ -210,22 +273,5 @@ class _Listen(Messenger):
         self.hear = hear
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
+        if not (site_is_subsample(msg) or msg["infer"].get(UNHEARD)):
             self.hear(msg)
-
-
-def log_prob_sum(node: Any) -> Tensor:
-    """Log-probability of a site, scaled up by its plates but by nothing else; particles are
-    averaged. A number that has no gradient."""
-    # Not under no_grad: a transform keeps the last value that it inverted, and would give it to the
-    # estimator's own look at the site without its gradient.
-    log_prob = node["fn"].log_prob(node["value"]).detach()
-    if node["mask"] is not None:
-        log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
-    scale = 1.0
-    for frame in node["cond_indep_stack"]:
-        if frame.name == PARTICLES:
-            scale /= frame.size
-        elif frame.full_size != frame.size:
-            scale *= frame.full_size / frame.size
-    return scale * log_prob.sum()

@@ -42,6 +42,14 @@ class Rows:
     def columns(self) -> tuple[str, ...]:
         return tuple(self.stored)
 
+    @property
+    def labeled(self) -> Tensor | None:
+        """The numbers of the rows whose label is given; None where no label is withheld."""
+        y = self.stored.get("y")
+        if y is None or not (y == validation.WITHHELD).any():
+            return None
+        return (y != validation.WITHHELD).nonzero().squeeze(1).cpu()
+
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows, stored on `device`, so that no batch has to travel."""
         return replace(self, stored={name: value.to(device) for name, value in self.stored.items()})
@@ -143,7 +151,8 @@ class Dataset:
         name: what it is called in reports.
         splits: "train" and perhaps "validation" and "test", each column -> tensor, rows first.
             `x`, where there is one, is (N, D) for images and (N, ...) otherwise; `y`, where there
-            is one, holds int64 labels (N,). All splits have the same columns, row shapes, dtypes.
+            is one, holds int64 labels (N,), in "train" -1 for a label that is withheld. All splits
+            have the same columns, row shapes, dtypes.
         image_shape: (channels, height, width) in which a row of `x` is drawn, None if not an image.
         classes: the names of the labels 0, 1, ...; None if unnamed.
         unit: what a stored value of `x` is divided by when used: 255 for grey bytes; 1 for counts,
@@ -197,7 +206,8 @@ class Dataset:
             validation.check_rows(columns, split)
             validation.check_like_train(columns, train, split)
             if "y" in columns:
-                validation.check_labels(columns["y"], f"{split}['y']", self.classes)
+                where, withheld = f"{split}['y']", split == "train"
+                validation.check_labels(columns["y"], where, self.classes, withheld=withheld)
         if self.classes is not None and "y" not in train:
             raise ValueError("classes are given but there is no column 'y' of labels")
         if self.image_shape is not None:
@@ -232,6 +242,44 @@ class Dataset:
             for split, columns in self.splits.items()
         }
         return replace(self, splits=splits, classes=None)
+
+    def labeled(self, count: int, seed: int = 0) -> "Dataset":
+        """The same data set with the labels of all but `count` training rows withheld.
+
+        The labels that are kept are drawn at random, as many of each class, or one more of some
+        where the classes do not divide `count`. The others are gone: the data set that is returned
+        does not hold them. Validation and test keep theirs, which training does not read. The draws
+        come from numpy's RandomState, whose stream does not change between versions.
+
+        Raises:
+            ValueError: there are no labels, some are withheld already, `count` is less than the
+                number of classes, or there are too few rows of a class.
+        """
+        y = self.splits["train"].get("y")
+        if y is None or self.split("train").labeled is not None:
+            what = "no labels" if y is None else "withheld labels already"
+            raise ValueError(f"{self.name} has {what}: take the data set as it was loaded")
+        labels = y.cpu().numpy()
+        classes = len(self.classes) if self.classes is not None else int(labels.max()) + 1
+        if not classes <= count:
+            raise ValueError(
+                f"labeled({count}): {self.name} has {classes} classes; expected at least a label "
+                "of each"
+            )
+        stream = np.random.RandomState(seed)
+        wanted = np.full(classes, count // classes)
+        wanted[stream.permutation(classes)[: count % classes]] += 1
+        kept = np.full_like(labels, validation.WITHHELD)
+        for label, number in enumerate(wanted):
+            rows = stream.permutation(np.flatnonzero(labels == label))
+            if len(rows) < number:
+                raise ValueError(
+                    f"labeled({count}): {self.name} has {len(rows)} training rows of class "
+                    f"{label}, and {number} are asked for: take fewer labels"
+                )
+            kept[rows[:number]] = label
+        train = {**self.splits["train"], "y": torch.from_numpy(kept).to(y.device)}
+        return replace(self, splits={**self.splits, "train": train})
 
     def binarized(self, how: Literal["static", "dynamic"], seed: int = 0) -> "Dataset":
         """Grey values in [0, 1] (after division by the unit) become draws of Bernoulli(value).
@@ -285,6 +333,7 @@ class Dataset:
             },
             "image_shape": None if self.image_shape is None else list(self.image_shape),
             "classes": None if self.classes is None else len(self.classes),
+            **({} if (known := self.split("train").labeled) is None else {"labeled": len(known)}),
             "unit": self.unit,
             "binarization": self.binarization,
         }

@@ -80,8 +80,18 @@ def check_like_train(
             )
 
 
-def check_labels(y: Tensor, where: str, classes: Sequence[str] | None) -> None:
-    """Refuse what is not a vector of int64 labels, from 0 to the number of classes less 1."""
+WITHHELD = -1
+"""Stands for a label that is not given, as in scikit-learn's semi-supervised learners."""
+
+
+def check_labels(
+    y: Tensor, where: str, classes: Sequence[str] | None, *, withheld: bool = False
+) -> None:
+    """Refuse what is not a vector of int64 labels, from 0 to the number of classes less 1.
+
+    Args:
+        withheld: whether labels may be :data:`WITHHELD`, though not all of them.
+    """
     if y.ndim != 1:
         raise ValueError(
             f"{where} must be a vector of labels, not of shape {tuple(y.shape)}; "
@@ -92,14 +102,19 @@ def check_labels(y: Tensor, where: str, classes: Sequence[str] | None) -> None:
             f"{where} must hold int64 labels, not {y.dtype}: convert it with "
             ".to(torch.int64), or name the column otherwise if it is not a label"
         )
-    wrong = y < 0
+    wrong = y < (WITHHELD if withheld else 0)
+    if withheld and (y == WITHHELD).all():
+        raise ValueError(
+            f"{where} has no label at all: drop the column, with Dataset.without_labels()"
+        )
     bounds = "0 or more"
     if classes is not None:
         wrong |= y >= len(classes)
         bounds = f"0 .. {len(classes) - 1}, as there are {len(classes)} classes"
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(f"{where} has label {int(y[row])} in row {row}: expected {bounds}")
+        also = f", or {WITHHELD} for a label that is withheld" if withheld else ""
+        raise ValueError(f"{where} has label {int(y[row])} in row {row}: expected {bounds}{also}")
 
 
 def check_image_shape(shape: tuple[int, ...], x: Tensor | None) -> None:

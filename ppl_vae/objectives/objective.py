@@ -1,4 +1,4 @@
-"""What SVI maximizes: the protocol, and Pyro's estimator of the ELBO that fits a pair."""
+"""What SVI maximizes: the protocol, and what its implementations share."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from pyro.distributions import Delta
-from pyro.infer import (
-    Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
-
-from ppl_vae.sites import aside, paired_traces, sample_nodes
 
 
 class Objective(Protocol):
@@ -59,34 +51,6 @@ def backward(
 
 
 _state_a_parameter: Any = effectful(lambda: torch.zeros(()), type="param")
-
-
-def plain_elbo(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Objective:
-    """Pyro's estimator of the ELBO that fits a pair, chosen from a trace of it.
-
-    ``TraceEnum_ELBO`` where a site is enumerated, ``TraceGraph_ELBO`` where a guide's site is
-    not reparameterized, ``TraceMeanField_ELBO`` where every latent's KL has a closed form and the
-    guide draws in the model's order (a KL given a latent that depends on the one at hand is no
-    term of the ELBO), ``Trace_ELBO`` otherwise. Arguments: an example batch.
-    """
-    with torch.no_grad(), aside():
-        model_trace, guide_trace = paired_traces(model, guide, *args, **kwargs)
-    latents = {name: node for name, node in sample_nodes(model_trace) if not node["is_observed"]}
-    drawn = dict(sample_nodes(guide_trace))
-    if any(node["infer"].get("enumerate") for node in [*latents.values(), *drawn.values()]):
-        return TraceEnum_ELBO(max_plate_nesting=1)
-    if not all(node["fn"].has_rsample for node in drawn.values()):
-        return TraceGraph_ELBO()
-    in_order = list(latents) == [name for name in drawn if name in latents]
-    if (
-        latents
-        and in_order
-        and all(closed_kl(drawn[n]["fn"], p["fn"]) is not None for n, p in latents.items())
-    ):
-        return TraceMeanField_ELBO()
-    return Trace_ELBO()
 
 
 @dataclass

@@ -8,15 +8,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO
 from pyro.poutine import Trace
-from torch import Tensor, nn
+from torch import Tensor
 
+from ppl_vae.objectives.enumeration import enumerated_traces
+from ppl_vae.objectives.evolving import Evolving
 from ppl_vae.objectives.rows import PARTICLES, RowTerms
 
 
-class RowObjective(ELBO):
+class RowObjective(Evolving):
     """An objective that is computed from the log-probabilities of rows.
 
     A ``pyro.infer.ELBO``: it runs under ``pyro.infer.SVI`` and under ours, on programs whose rows
@@ -27,17 +27,9 @@ class RowObjective(ELBO):
     Args:
         draws: K, of the latents, made together in a plate at dim -2.
 
-    Attributes:
-        state: what the objective itself learns, or changes over training: its parameters are
-            trained with the pair's, and a run's checkpoints hold it. None: nothing.
-        ends: the epoch from which it no longer changes: early stopping waits for it.
-
     Raises:
         ValueError: draws below 1.
     """
-
-    ends: float = 0.0
-    state: nn.Module | None = None
 
     def __init__(self, draws: int = 1) -> None:
         if draws < 1:
@@ -52,9 +44,6 @@ class RowObjective(ELBO):
     @abstractmethod
     def loss_of(self, terms: RowTerms) -> Tensor:
         """The loss ``()``, in nats of all rows that the batch stands for."""
-
-    def at(self, epoch: float) -> None:
-        """Take up the point of training, in epochs from its start. Most do not depend on it."""
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -78,18 +67,11 @@ class RowObjective(ELBO):
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
-        guide_trace = poutine.trace(self.plate(guide)).get_trace(*args, **kwargs)
-        replayed = poutine.trace(poutine.replay(self.plate(model), trace=guide_trace))
-        return replayed.get_trace(*args, **kwargs), guide_trace
+        return enumerated_traces(self.plate(model), self.plate(guide), args, kwargs, plates=2)
 
     def plate(self, program: Callable[..., Any]) -> Callable[..., Any]:
         """A program whose draws are made K times together."""
         return pyro.plate(PARTICLES, self.draws, dim=-2)(program)
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        return f"{type(self).__name__}({settings})"
-
     def settings(self) -> dict[str, Any]:
-        """The arguments that it was made with, but for modules: what ``run.json`` keeps."""
         return {"draws": self.draws}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 from torch.distributions import Normal as TorchNormal
 
+from ppl_vae.objectives.enumeration import Enumeration
 from ppl_vae.objectives.objective import closed_kl
 from ppl_vae.sites import PairError, sample_nodes
 
@@ -30,12 +31,15 @@ class RowTerms:
     The plate of rows is the one at dim -1, the innermost; there is none besides it. How much a row
     counts is the scale of the observed sites: ``total / rows``, and what handlers multiply it by.
     The scale of a latent in proportion to it is the weight of its KL. What a handler masks counts
-    for nothing.
+    for nothing. Of enumerated sites, all is a mean over their values: exact, where draws would be
+    an estimate; a site that the model enumerates has its exact posterior as guide.
 
     Shapes: K is the number of draws; ``(K, rows)`` but where stated.
 
     Args:
         model_trace, guide_trace: made under a plate of K draws at dim -2.
+        reparameterized: whether all draws have to be, for a gradient to pass through them; False
+            for an objective that learns from others too.
 
     Attributes:
         reconstruction: log p(x | z), all observed sites.
@@ -46,19 +50,22 @@ class RowTerms:
         draws: K.
         rows: their number.
         total: how many rows the batch stands for.
+        enumeration: of the sites whose values are summed over.
 
     Raises:
-        PairError: no plate of rows, or a plate besides it; a latent that is enumerated, drawn
-            without reparameterization, or not drawn by the guide as a latent of its rows; a site
-            of the guide's rows that is no latent of the model's.
+        PairError: no plate of rows, or a plate besides it; a latent that is drawn without
+            reparameterization, or not drawn by the guide as a latent of its rows; a site of the
+            guide's rows that is no latent of the model's; an enumerated site that is no row's.
     """
 
-    def __init__(self, model_trace: Trace, guide_trace: Trace) -> None:
+    def __init__(
+        self, model_trace: Trace, guide_trace: Trace, *, reparameterized: bool = True
+    ) -> None:
         self.model_nodes = dict(sample_nodes(model_trace))
         self.guide_nodes = dict(sample_nodes(guide_trace))
         for node in (*self.model_nodes.values(), *self.guide_nodes.values()):
             _check_plates(node)
-        for node in self.guide_nodes.values():
+        for node in self.guide_nodes.values() if reparameterized else ():
             _check_reparameterized(node)
         rows, draws = _row_plate(self.model_nodes.values()), _particles(self.model_nodes.values())
         self.rows, self.total, self.draws = rows.size, rows.full_size, draws.size
@@ -66,7 +73,8 @@ class RowTerms:
         observed = [node for node in self.model_nodes.values() if node["is_observed"]]
         latents = [node for node in self.model_nodes.values() if not node["is_observed"]]
         for node in latents:
-            _check_drawn(node, self.guide_nodes.get(node["name"]))
+            if not _summed(node):
+                _check_drawn(node, self.guide_nodes.get(node["name"]))
         of_rows = {node["name"] for node in latents if _row_frame(node) is not None}
         for name, node in self.guide_nodes.items():
             if _row_frame(node) is not None and name not in of_rows:
@@ -76,7 +84,12 @@ class RowTerms:
                 )
         local = [node for node in (*observed, *latents) if _row_frame(node) is not None]
         self.scale: Number = local[0]["scale"]
-        log_probs = {node["name"]: self._log_prob(node) for node in local}
+        guides = [n for n in self.guide_nodes.values() if n["name"] in of_rows]
+        self._log_p = {node["name"]: _log_prob(node) for node in local}
+        self._log_q = {node["name"]: _log_prob(node) for node in guides}
+        self.enumeration = Enumeration(self.model_nodes, self.guide_nodes, self._log_p, self._log_q)
+        self._log_q |= self.enumeration.log_q
+        log_probs = {name: self._mean(value) for name, value in self._log_p.items()}
         zeros = torch.zeros_like(log_probs[local[0]["name"]])
         self.reconstruction: Tensor = zeros
         self.shared: Tensor = zeros.new_zeros(())
@@ -93,25 +106,33 @@ class RowTerms:
                 self.reconstruction = self.reconstruction + weight * log_probs[name]
                 continue
             self.weights[name], self.log_p[name] = weight, log_probs[name]
-            self.log_q[name] = self._log_prob(self.guide_nodes[name])
+            self.log_q[name] = self._mean(self._log_q[name])
         for name, node in self.guide_nodes.items():
             if name not in self.log_q:
                 self.shared = self.shared - self._scaled_sum(node)
 
     @property
     def log_weights(self) -> Tensor:
-        """Log importance weights, log p(x, z) - log q(z | x), latents by their weights."""
-        latent = (w * (self.log_p[n] - self.log_q[n]) for n, w in self.weights.items())
-        return sum(latent, self.reconstruction)
+        """Log importance weights, log p(x, z) - log q(z | x), latents by their weights; summed
+        over enumerated values, not weighted by their probabilities."""
+        total: Tensor = self.reconstruction.new_zeros(())
+        for name, log_p in self._log_p.items():
+            if name not in self.weights:
+                total = total + _ratio(self.model_nodes[name]["scale"], self.scale) * log_p
+                continue
+            summed = name in self.enumeration.drawn or name in self.enumeration.marginal
+            ratio = log_p if summed else log_p - self._log_q[name]
+            total = total + self.weights[name] * ratio
+        return self.enumeration.log_sum(total).expand(self._shape)
 
     def kl(self, name: str) -> Tensor:
         """The KL of a site, ``(K, rows)``, without its weight: in closed form where there is one
         that is a term of the ELBO, else of the draws."""
-        model, guide = self.model_nodes[name], self.guide_nodes[name]
-        closed = closed_kl(guide["fn"], model["fn"]) if self._in_order else None
-        if closed is None:
+        model, guide = self.model_nodes[name], self.guide_nodes.get(name)
+        closed = closed_kl(guide["fn"], model["fn"]) if guide and self._in_order else None
+        if closed is None or guide is None:
             return self.log_q[name] - self.log_p[name]
-        return _masked(_masked(closed, model), guide).expand(self._shape)
+        return self._mean(_masked(_masked(closed, model), guide))
 
     def kl_per_latent(self, name: str) -> Tensor:
         """The KL of each coordinate of a site, ``(K, rows, Z)``, as :meth:`kl`: of diagonal normals
@@ -129,8 +150,9 @@ class RowTerms:
         else:
             value = self.guide_nodes[name]["value"]
             kl = q.log_prob(value) - p.log_prob(value)
-        event_shape = self.model_nodes[name]["fn"].event_shape
-        return kl.expand(*self._shape, *event_shape).reshape(*self._shape, -1)
+        events = len(self.model_nodes[name]["fn"].event_shape)
+        kl = self.enumeration.mean(kl, events)
+        return kl.expand(*self._shape, *kl.shape[kl.dim() - events :]).reshape(*self._shape, -1)
 
     def weighted_kl(self) -> Tensor:
         """The KLs of all local latents by their weights: ``(K, rows)``."""
@@ -198,8 +220,8 @@ class RowTerms:
         latents = [n for n, node in self.model_nodes.items() if not node["is_observed"]]
         return latents == [name for name in self.guide_nodes if name in latents]
 
-    def _log_prob(self, node: Mapping[str, Any]) -> Tensor:
-        return _log_prob(node).expand(self._shape)
+    def _mean(self, values: Tensor) -> Tensor:
+        return self.enumeration.mean(values).expand(self._shape)
 
     def _scaled_sum(self, node: Mapping[str, Any]) -> Tensor:
         """The log-probability of a site that belongs to no row, averaged over draws."""
@@ -267,10 +289,10 @@ def _check_plates(node: Mapping[str, Any]) -> None:
                 f"site {name!r} stands in plate {frame.name!r} besides the rows'; expected one "
                 "plate, at dim -1: make the other dims event dims with .to_event"
             )
-    if node["infer"].get("enumerate"):
+    if _summed(node) and _row_frame(node) is None:
         raise PairError(
-            f"site {name!r} is enumerated: this objective draws every latent; take "
-            "TraceEnum_ELBO, or draw the site in the guide"
+            f"site {name!r} is enumerated and stands outside the plate of rows, whose terms would "
+            "no longer add up: take TraceEnum_ELBO, or draw the site in the guide"
         )
 
 
@@ -285,10 +307,14 @@ def _check_drawn(node: Mapping[str, Any], drawn: Mapping[str, Any] | None) -> No
         )
 
 
+def _summed(node: Mapping[str, Any]) -> bool:
+    return not node["is_observed"] and node["infer"].get("_enumerate_dim") is not None
+
+
 def _check_reparameterized(node: Mapping[str, Any]) -> None:
-    if not (node["is_observed"] or node["fn"].has_rsample):
+    if not (node["is_observed"] or node["fn"].has_rsample or _summed(node)):
         raise PairError(
             f"site {node['name']!r} is drawn without reparameterization "
             f"({type(node['fn']).__name__}): this objective has no gradient through it; take "
-            "TraceGraph_ELBO"
+            "TraceGraph_ELBO, VIMCO or ReweightedWakeSleep"
         )

@@ -1,0 +1,212 @@
+"""Rows with labels and rows without, in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from ppl_vae.objectives.elbo import plain_elbo
+from ppl_vae.objectives.evolving import Evolving
+from ppl_vae.objectives.objective import Objective, backward
+from ppl_vae.sites import PairError, sample_nodes
+
+UNHEARD = "_unheard"
+"""Marks the sites of a run that is made besides an estimator's own."""
+
+
+class Consistency(Protocol):
+    """A penalty on a classifier that answers differently where it should not."""
+
+    def __call__(self, classify: Callable[[Tensor], TorchDistribution], x: Tensor, /) -> Tensor:
+        """Nats of each row, ``(rows,)``.
+
+        Args:
+            classify: q(label | x) of rows ``(rows, D)``.
+            x: the batch.
+        """
+        ...
+
+
+class SemiSupervised(Evolving):
+    """The bound of labeled and of unlabeled rows, and a classification term.
+
+        sum_labeled L(x, y) + sum_unlabeled U(x) + alpha N mean_labeled log q(y | x)
+
+    Source: Kingma et al. 2014 (arXiv:1406.5298), eq. 6-9; there ``alpha N`` is called alpha. N is
+    the number of all rows, so that alpha is comparable between data sets: a row's classification
+    counts ``alpha N / N_labeled`` nats. What multiplies what: of a batch with rows of both kinds,
+    the labeled ones stand for all N_labeled, the others for all N_unlabeled, whatever their numbers
+    in the batch; the classification term, and the penalty, for N. None of them is weighted by a
+    warm-up of the KL.
+
+    A step takes columns by name. A column that has fewer rows than the others belongs to the first
+    rows of the batch: ``svi.step(x=x, y=y, total=50_000, labeled=100)`` with images ``(B, D)`` and
+    labels ``(B_labeled, K)``. Where all columns have as many rows, all stand for ``total``:
+    labeled where ``y`` is among them. ``fit`` makes such batches of data whose labels are withheld
+    in part.
+
+    Args:
+        classification: alpha.
+        label: the site whose labels are given in part.
+        objective: of each kind of rows; None: :func:`plain_elbo` for each.
+        consistency: a penalty on the classifier of all rows.
+
+    Raises:
+        ValueError: a negative ``classification``.
+        TypeError: when run, of columns that are not given by name.
+        PairError: when run, of a guide that does not draw ``label``.
+    """
+
+    def __init__(
+        self,
+        classification: float = 0.1,
+        *,
+        label: str = "y",
+        objective: Objective | None = None,
+        consistency: Consistency | None = None,
+    ) -> None:
+        super().__init__()
+        if not classification >= 0:
+            raise ValueError(f"SemiSupervised({classification}): expected a weight of at least 0")
+        self.classification, self.label = classification, label
+        self.objective, self.consistency = objective, consistency
+        self._bounds: dict[bool, Objective] = {}
+        if isinstance(objective, Evolving):
+            self.state, self.ends = objective.state, objective.ends
+
+    def at(self, epoch: float) -> None:
+        if isinstance(self.objective, Evolving):
+            self.objective.at(epoch)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "classification": self.classification,
+            "label": self.label,
+            "objective": self.objective,
+            "consistency": self.consistency,
+        }
+
+    def choose(
+        self, model: Callable[..., Any], guide: Callable[..., Any], **columns: Any
+    ) -> Objective:
+        """The objective of rows of one kind, chosen once for each: by an example of them."""
+        kind = self.label in columns
+        if kind not in self._bounds:
+            own = {name: value for name, value in columns.items() if name != "labeled"}
+            self._bounds[kind] = self.objective or plain_elbo(model, guide, **own)
+        return self._bounds[kind]
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        def only_loss(objective: Objective, *args: Any, **kwargs: Any) -> Any:
+            return objective.loss(*args, **kwargs)
+
+        with torch.no_grad():
+            return self._run(only_loss, model, guide, args, kwargs)
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return self._run(backward, model, guide, args, kwargs)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("rows of each kind are traced by an objective of their own")
+
+    def _run(
+        self,
+        how: Callable[..., Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        if args:
+            raise TypeError(
+                "SemiSupervised takes columns by name, since only some rows have labels: "
+                "step(x=..., y=..., total=..., labeled=...)"
+            )
+        loss: Any = 0.0
+        for columns, share in strata(kwargs):
+            bound = self.choose(model, guide, **columns)
+            labeled = columns.pop("labeled", None)
+            programs = (model, guide)
+            if share != 1.0:
+                programs = poutine.scale(model, share), poutine.scale(guide, share)
+            loss = loss + how(bound, *programs, **columns)
+            if (extra := self._extra(programs[1], columns, labeled)) is not None:
+                if torch.is_grad_enabled():
+                    extra.backward()
+                loss = loss + extra.detach()
+        return loss
+
+    def _extra(
+        self, guide: Callable[..., Any], columns: Mapping[str, Any], labeled: int | None
+    ) -> Tensor | None:
+        """The classification term and the penalty of rows of one kind."""
+        given = {name: value for name, value in columns.items() if name != self.label}
+        terms: list[Tensor] = []
+        if self.classification > 0 and self.label in columns:
+            node = self._run_guide(guide, given, {self.label: columns[self.label]})
+            # Rows stand for those of their kind; this term for all rows.
+            up = columns["total"] / labeled if labeled is not None else 1.0
+            log_q = node["fn"].log_prob(node["value"])
+            terms.append(-self.classification * up * (node["scale"] * log_q).sum())
+        if self.consistency is not None:
+            scale: Any = 1.0
+
+            def classify(x: Tensor) -> TorchDistribution:
+                nonlocal scale
+                node = self._run_guide(guide, {**given, "x": x}, {})
+                scale = node["scale"]
+                return node["fn"]
+
+            penalty = self.consistency(classify, given["x"])
+            terms.append((scale * penalty).sum())
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def _run_guide(
+        self, guide: Callable[..., Any], given: Mapping[str, Any], values: dict[str, Tensor]
+    ) -> Any:
+        with poutine.infer_config(config_fn=lambda site: {UNHEARD: True}):
+            trace = poutine.trace(poutine.condition(guide, data=values)).get_trace(**given)
+        node = dict(sample_nodes(trace)).get(self.label)
+        if node is None:
+            raise PairError(
+                f"SemiSupervised: the guide has no site {self.label!r}, whose labels are given in "
+                "part only: give it a classifier q(y | x)"
+            )
+        return node
+
+
+def strata(kwargs: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """The rows of a batch by what is known of them, each with the share of all rows that they
+    stand for.
+
+    Args:
+        kwargs: tensors by column; those with fewer rows than others belong to the first rows;
+            ``labeled`` of ``total`` rows are as those.
+
+    Raises:
+        ValueError: columns of more than two lengths, or without ``labeled`` and ``total``.
+    """
+    sizes = {name: len(value) for name, value in kwargs.items() if isinstance(value, Tensor)}
+    lengths = sorted(set(sizes.values()))
+    if len(lengths) < 2:
+        return [(dict(kwargs), 1.0)]
+    total, labeled = kwargs.get("total"), kwargs.get("labeled")
+    if len(lengths) > 2 or total is None or labeled is None or not 0 < labeled < total:
+        raise ValueError(
+            f"columns of {sizes} rows, labeled={labeled}, total={total}: expected columns of all "
+            "rows of the batch and columns of its first rows, and how many of the total rows are "
+            "like those, step(x=..., y=..., total=..., labeled=...)"
+        )
+    known = lengths[0]
+    first = {n: v[:known] if n in sizes else v for n, v in kwargs.items()}
+    rest = {n: v[known:] if n in sizes else v for n, v in kwargs.items() if sizes.get(n) != known}
+    return [(first, labeled / total), (rest, 1 - labeled / total)]
