@@ -40,7 +40,8 @@ def test_recipe_names_its_source_and_its_figure(name: str) -> None:
 def test_recipe_learns_from_some_of_its_rows(name: str) -> None:
     made = experiment(name)
     rows = {"train": 200, "validation": 50, "test": 50}
-    few = {s: {"x": made.data.splits[s]["x"][:n]} for s, n in rows.items()}
+    names = {"x", *made.model.covariates}
+    few = {s: {name: made.data.splits[s][name][:n] for name in names} for s, n in rows.items()}
     data = Dataset(
         made.data.name,
         few,
