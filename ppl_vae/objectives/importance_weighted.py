@@ -37,8 +37,8 @@ class IWAE(RowObjective):
     """
 
     def loss_of(self, terms: RowTerms) -> Tensor:
-        _check_weighable(self, terms)
-        return -terms.sum(_log_mean_exp(terms.log_weights)) - terms.shared
+        check_weighable(self, terms)
+        return -terms.sum(log_mean_exp(terms.log_weights)) - terms.shared
 
 
 class _Pathwise(RowObjective):
@@ -66,7 +66,7 @@ class _Pathwise(RowObjective):
         """For draws ``(K, rows)`` of a site whose log-ratio has a weight in the bound."""
 
     def loss_of(self, terms: RowTerms) -> Tensor:
-        _check_weighable(self, terms)
+        check_weighable(self, terms)
         return -terms.sum(self.bound(terms.log_weights)) - terms.shared
 
     def differentiable_loss(
@@ -139,7 +139,7 @@ class DReG(_Pathwise):
     """
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        return _log_mean_exp(log_weights)
+        return log_mean_exp(log_weights)
 
     def shares(self, log_weights: Tensor) -> Tensor:
         return log_weights.softmax(0)
@@ -216,11 +216,17 @@ def _with(trace: Trace, values: dict[str, Tensor]) -> Trace:
     return changed
 
 
-def _log_mean_exp(log_weights: Tensor) -> Tensor:
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """Over draws ``(K, rows)``: ``(rows,)``."""
     return log_weights.logsumexp(0) - math.log(log_weights.shape[0])
 
 
-def _check_weighable(objective: RowObjective, terms: RowTerms) -> None:
+def check_weighable(objective: RowObjective, terms: RowTerms) -> None:
+    """Refuse what has no importance weight of a row.
+
+    Raises:
+        PairError: a latent outside the plate of rows, or no latent.
+    """
     name = type(objective).__name__
     beyond = [n["name"] for n in terms.guide_nodes.values() if n["name"] not in terms.log_q]
     if beyond:

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from ppl_vae.conditionals import Normal
+from ppl_vae.discrete import Bits
 from ppl_vae.graphs import record
 from ppl_vae.guide import Factorized
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.model import own_parameters
 from ppl_vae.models.hierarchy import Hierarchy
+from ppl_vae.models.sigmoid_belief_network import SigmoidBeliefNetwork
 from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP
 from ppl_vae.objectives import (
     DIPVAE,
     IWAE,
+    VIMCO,
     Beta,
     BetaTC,
     Capacity,
@@ -25,6 +28,8 @@ from ppl_vae.objectives import (
     FactorVAE,
     FreeBits,
     InfoVAE,
+    LeaveOneOut,
+    ReweightedWakeSleep,
     StickingTheLanding,
     backward,
 )
@@ -44,6 +49,9 @@ OBJECTIVES = {
     "factor": lambda: FactorVAE(MLP(3, 8, 1)),
     "dip": lambda: DIPVAE(1.0, 2.0),
     "info": lambda: InfoVAE(),
+    "vimco": lambda: VIMCO(3),
+    "others": lambda: LeaveOneOut(3),
+    "wake-sleep": lambda: ReweightedWakeSleep(3, sleep=0.5),
 }
 
 
@@ -63,8 +71,16 @@ def of_levels():
     return model, Factorized(**sites), x
 
 
+def of_bits():
+    """Two layers of bits, without reparameterization."""
+    model = SigmoidBeliefNetwork.toy()
+    x = model.simulate(ROWS)["x"]
+    return model, Factorized(z1=(Bits(MLP(6, 3)), ["x"]), z2=(Bits(MLP(3, 2)), ["z1"])), x
+
+
 CASES = [
     *((of_one_site, name) for name in OBJECTIVES),
+    *((of_bits, name) for name in ("vimco", "others", "wake-sleep")),
     (of_levels, "dreg"),
     *(pytest.param((of_levels, name), marks=pytest.mark.slow) for name in ("landing", "iwae")),
 ]
