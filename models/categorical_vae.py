@@ -21,7 +21,7 @@ class CategoricalVAE(GenerativeModel):
         z_n ~ uniform over the classes, each    # codes     data | N, K
         x_n ~ likelihood(z_n)                   # image     data | D
 
-    Section 4.2 of the paper. A value of z is N one-hot vectors; the decoder gets them as one vector
+    Section 4 of the paper. A value of z is N one-hot vectors; the decoder gets them as one vector
     ``(N * K,)``.
 
     Args:

@@ -23,7 +23,7 @@ class SigmoidBeliefNetwork(GenerativeModel):
         x_n    ~ likelihood(z1_n)                          # image              data | D
 
     The top has biases alone. Source: Neal 1992, Connectionist learning of belief networks; as a
-    deep generative model, Mnih & Gregor 2014 (arXiv:1402.0030), section 4.1, where the likelihood
+    deep generative model, Mnih & Gregor 2014 (arXiv:1402.0030), where the likelihood
     is linear too: ``Bernoulli(MLP(Z_1, D))``, without a hidden layer.
 
     Args:

@@ -53,7 +53,7 @@ class Discrete(Conditional):
             its squared error, which TraceGraph_ELBO adds to the loss.
         temperature: of "relaxed" and "straight-through", positive.
         baseline_net: the net of the baseline, from the context to 1 output. None: one hidden layer
-            of 100 units, as in Mnih & Gregor 2014, section 2.3.1.
+            of 100 units, as in Mnih & Gregor 2014.
 
     Raises:
         ValueError: an unknown estimator or baseline; a baseline of another estimator than "score";

@@ -26,11 +26,11 @@ class ReweightedWakeSleep(RowObjective):
     No gradient passes through a draw, nor is the score function multiplied by anything noisy; model
     and guide have an objective each, by K draws with normalized weights ``v_k``:
 
-        model            sum_k v_k log p(x, z_k)                                eq. 6
-        guide, awake     sum_k v_k log q(z_k | x)                               eq. 8
-        guide, asleep    log q(z | x),  (x, z) drawn from the model             eq. 7
+        model            sum_k v_k log p(x, z_k)
+        guide, awake     sum_k v_k log q(z_k | x)
+        guide, asleep    log q(z | x),  (x, z) drawn from the model
 
-    The guide's objectives are -KL(p(z | x) || q(z | x)), of the data and of the model's x. The loss
+    Section 2 of the paper. The guide's objectives are -KL(p(z | x) || q(z | x)), of the data and of the model's x. The loss
     is that of :class:`~ppl_vae.objectives.IWAE`, whose gradient by the model this is; it is biased,
     as the weights are, by the order of 1/K. Under a warm-up the weights are those of the annealed
     ratios.

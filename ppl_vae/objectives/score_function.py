@@ -67,9 +67,9 @@ class ByOthers(RowObjective):
 class LeaveOneOut(ByOthers):
     """The ELBO of K draws by the score function, with the mean of the other draws as baseline.
 
-    The advantage of a draw is ``(log w_k - mean_{j != k} log w_j) / K``. Source: Mnih & Rezende
-    2016 (arXiv:1602.06725), section 2.3, of the ELBO; Kool et al. 2019 (Buy 4 REINFORCE samples,
-    get a baseline for free).
+    The advantage of a draw is ``(log w_k - mean_{j != k} log w_j) / K``. Source: Kool et al.
+    2019 (Buy 4 REINFORCE samples, get a baseline for free); of a bound of several draws, Mnih &
+    Rezende 2016 (arXiv:1602.06725).
 
     Args:
         draws: K, at least 2.
@@ -90,7 +90,7 @@ class VIMCO(ByOthers):
     """The importance-weighted bound by the score function (Mnih & Rezende 2016, arXiv:1602.06725).
 
     The bound of :class:`~ppl_vae.objectives.IWAE`. The advantage of a draw is the bound, less the
-    bound in which its weight is replaced by the geometric mean of the others' (eq. 9-10).
+    bound in which its weight is replaced by the geometric mean of the others'.
 
     Args:
         draws: K, at least 2.
