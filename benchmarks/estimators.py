@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro
@@ -66,7 +66,7 @@ ROWS, SAMPLES = 2000, 200
 class Step:
     """Steps of an experiment as ``fit`` takes them, eagerly."""
 
-    def __init__(self, made: Experiment, learned: list[Tensor], learning_rate: float) -> None:
+    def __init__(self, made: Experiment, learned: Sequence[Tensor], learning_rate: float) -> None:
         self.rows = made.data.split("train")
         example = self.rows.batch(slice(0, 2))["x"]
         objective = made.fit.get("objective") or plain_elbo(made.model, made.guide, example)

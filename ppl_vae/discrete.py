@@ -222,7 +222,7 @@ class RelaxedOneHot(OneHotCategorical):
         self.temperature, self.hard = temperature, hard
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> RelaxedOneHot:
-        return cast(RelaxedOneHot, super().expand(batch_shape, _relaxed_copy(self)))
+        return cast(RelaxedOneHot, super().expand(torch.Size(batch_shape), _relaxed_copy(self)))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -258,7 +258,7 @@ class RelaxedBits(BitVector):
         self.temperature, self.hard = temperature, hard
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> RelaxedBits:
-        return cast(RelaxedBits, super().expand(batch_shape, _relaxed_copy(self)))
+        return cast(RelaxedBits, super().expand(torch.Size(batch_shape), _relaxed_copy(self)))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -314,7 +314,7 @@ class LearnedBaseline(nn.Module):
             self.mean.add_((1 - self.decay) * gradient.mean() / -2)
 
 
-def infer_of(conditional: nn.Module, *context: Tensor) -> dict[str, Any]:
+def infer_of(conditional: nn.Module, *context: Tensor) -> Any:
     """What ``pyro.sample`` is told of a site that a conditional draws; plain ones say nothing."""
     method = getattr(conditional, "infer_of", None)
     return {} if method is None else method(*context)
@@ -355,7 +355,8 @@ def _with_gradient_of(hard: Tensor, soft: Tensor) -> Tensor:
 
 def _relaxed_copy(fn: Any) -> Any:
     """An instance to be expanded into, with a relaxed distribution's settings."""
-    copy = type(fn).__new__(type(fn))
+    kind: Any = type(fn)
+    copy = kind.__new__(kind)
     copy.temperature, copy.hard = fn.temperature, fn.hard
     return copy
 

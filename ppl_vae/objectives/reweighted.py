@@ -30,10 +30,10 @@ class ReweightedWakeSleep(RowObjective):
         guide, awake     sum_k v_k log q(z_k | x)
         guide, asleep    log q(z | x),  (x, z) drawn from the model
 
-    Section 2 of the paper. The guide's objectives are -KL(p(z | x) || q(z | x)), of the data and of the model's x. The loss
-    is that of :class:`~ppl_vae.objectives.IWAE`, whose gradient by the model this is; it is biased,
-    as the weights are, by the order of 1/K. Under a warm-up the weights are those of the annealed
-    ratios.
+    Section 2 of the paper. The guide's objectives are -KL(p(z | x) || q(z | x)), of the data and of
+    the model's x. The loss is that of :class:`~ppl_vae.objectives.IWAE`, whose gradient by the
+    model this is; the guide's is biased, as the weights are, by the order of 1/K. Under a warm-up
+    the weights are those of the annealed ratios.
 
     Args:
         draws: K, at least 2.
@@ -104,7 +104,8 @@ def _dream(
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     """log q of the latents of as many rows as the batch has, drawn from the model: ``(rows,)``."""
-    unheard = poutine.infer_config(config_fn=lambda site: {UNHEARD: True})
+    mark: Any = {UNHEARD: True}
+    unheard = poutine.infer_config(config_fn=lambda site: mark)
     with torch.no_grad():
         dreams = poutine.trace(unheard(poutine.uncondition(model))).get_trace(*args, **kwargs)
     drawn = {name: node["value"] for name, node in sample_nodes(dreams)}

@@ -62,8 +62,9 @@ def test_the_probabilities_of_all_data_are_those_of_the_written_out_sum(layers):
         dims = (1,) * k + (len(support),) + (1,) * (len(layers) - k)
         values[f"z{len(layers) - k}"] = support.reshape(*dims, size)
     with own_parameters(model):
-        nodes = poutine.trace(poutine.condition(model, values)).get_trace(every).nodes
-    joint = sum(nodes[site]["fn"].log_prob(nodes[site]["value"]) for site in (*values, "x"))
+        traced: Any = poutine.trace(poutine.condition(model, values)).get_trace(every)
+    nodes = traced.nodes
+    joint: Any = sum(nodes[site]["fn"].log_prob(nodes[site]["value"]) for site in (*values, "x"))
     found = joint.flatten(0, -2).logsumexp(0)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 

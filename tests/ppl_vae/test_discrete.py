@@ -187,7 +187,7 @@ def test_straight_through_draws_are_values_with_the_relaxed_gradient(family):
         torch.manual_seed(1)
         drawn[hard] = family(logits, 0.5, hard=hard).rsample()
         (slopes[hard],) = torch.autograd.grad((weight * drawn[hard]).sum(), logits)
-    discrete = OneHotCategorical if family is RelaxedOneHot else BitVector
+    discrete: Any = OneHotCategorical if family is RelaxedOneHot else BitVector
     assert discrete(logits=logits).support.check(drawn[True]).all()
     rounded = drawn[False].round() if family is RelaxedBits else drawn[False]
     assert torch.equal(drawn[True].argmax(-1), rounded.argmax(-1))
@@ -215,7 +215,7 @@ def test_a_conditional_draws_by_its_estimator_and_discretely_in_evaluation(head,
 
 
 def test_labels_of_several_variables():
-    q = Labels(nn.Linear(4, 6), variables=2)
+    q: Any = Labels(nn.Linear(4, 6), variables=2)
     fn = q(torch.randn(5, 4))
     assert (fn.batch_shape, fn.event_shape) == ((5,), (2, 3))
     apart = OneHotCategorical(logits=q.net.weight.new_zeros(5, 2, 3))
@@ -284,13 +284,13 @@ def test_derived_guides_draw_discrete_sites_and_condition_on_them(family, progra
     assert estimators == ["enumerate", "score"]
     check_pair(model, guide, x)
     with own_parameters(guide):
-        nodes = poutine.trace(guide).get_trace(x).nodes
+        nodes: Any = poutine.trace(guide).get_trace(x).nodes
         given = {name: nodes[name]["value"] for name in ("y", "b")}
         other = {**given, "y": given["y"].roll(1, -1)}
-        fns = [
-            poutine.trace(poutine.condition(guide, data)).get_trace(x).nodes["z"]["fn"]
-            for data in (given, other)
+        traces: list[Any] = [
+            poutine.trace(poutine.condition(guide, data)).get_trace(x) for data in (given, other)
         ]
+        fns = [trace.nodes["z"]["fn"] for trace in traces]
     value = nodes["z"]["value"]
     same = torch.equal(fns[0].log_prob(value), fns[1].log_prob(value))
     assert same is (family is MeanField)
@@ -364,7 +364,7 @@ def test_a_recorded_step_learns_baselines_as_an_eager_one():
     torch.manual_seed(0)
     model = SigmoidBeliefNetwork.toy().double()
     x = model.simulate(6)["x"]
-    heads = (Bits(MLP(6, 3), baseline="both"), Bits(MLP(3, 2), baseline="average"))
+    heads: Any = (Bits(MLP(6, 3), baseline="both"), Bits(MLP(3, 2), baseline="average"))
     guide = Factorized(z1=(heads[0], ["x"]), z2=(heads[1], ["z1"]))
     held = parameters(model, guide)
     means = [head.baseline.mean for head in heads]

@@ -108,7 +108,7 @@ def values(kind: str) -> list[dict[str, Tensor]]:
     return [{"z1": one, "z2": two} for one in vectors for two in vectors]
 
 
-def logs(model: Layers, guide: Factorized, x: Tensor, given: dict[str, Tensor]) -> Any:
+def logs(model: Layers, guide: Any, x: Tensor, given: dict[str, Tensor]) -> Any:
     """log p(x, z) and log q(z | x), ``(rows,)``, written out."""
     family = OneHotCategorical if model.kind == "labels" else BitVector
     z1 = given["z1"]
@@ -278,6 +278,7 @@ def test_an_average_takes_away_what_all_rows_have_in_common():
     found = {}
     for name in ("none", "average"):
         model, guide, x = pair("bits", 2000, torch.full((2000,), -60.0), **SETTINGS[name])
+        draws: list[Tensor] = []
         for _ in range(40):  # until the average is what draws bring
             draws = sample(TraceGraph_ELBO(), model, guide, x)
         found[name] = variance(draws)
@@ -296,6 +297,7 @@ def test_a_net_takes_away_what_the_context_tells():
         x[:, 1] = kinds.double()
         learned = [p for n, p in guide.named_parameters() if "baseline" in n]
         optimizer = torch.optim.Adam(learned, 3.0) if learned else None
+        draws: list[Tensor] = []
         for _ in range(80):
             for parameter in learned:
                 parameter.grad = None
@@ -343,7 +345,7 @@ def test_the_running_mean_follows_what_draws_bring_in_batches_of_any_size():
             setattr(guide.conditionals["z1"].net, name, nn.Parameter(value[:rows].detach()))
         torch.manual_seed(2)
         with own_parameters(model, guide):
-            traces = TraceGraph_ELBO(max_plate_nesting=1)._get_trace(model, guide, (x,), {})
+            traces: Any = TraceGraph_ELBO(max_plate_nesting=1)._get_trace(model, guide, (x,), {})
         z = detach_provenance(traces[1].nodes["z1"]["value"])
         with torch.no_grad():
             log_p, log_q = logs(model, guide, x, {"z1": z})
