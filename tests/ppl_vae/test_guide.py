@@ -226,15 +226,13 @@ def two_latents(self, x):
     return pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
 
 
+def summed_latent(self, x):
+    y = pyro.sample("y", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+    return pyro.sample("x", dist.Normal(y.unsqueeze(-1), torch.ones(2)).to_event(1), obs=x)
+
+
 @pytest.mark.parametrize(
-    ("story", "found"),
-    [
-        (two_latents, "z1, z2"),
-        (
-            lambda self, x: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x),
-            "none",
-        ),
-    ],
+    ("story", "found"), [(two_latents, "z1, z2"), (summed_latent, "none")], ids=["two", "none"]
 )
 def test_a_posterior_needs_one_local_site(program, story, found):
     x = torch.zeros(3, 2)
