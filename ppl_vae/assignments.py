@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppl_vae.model import GenerativeModel, own_parameters, sample_nodes
+from ppl_vae.sites import aside
 
 Key = tuple[str, str]
 """A figure and the site it belongs to ("" for all together)."""
@@ -47,7 +48,7 @@ class Assignments:
         batch: Mapping[str, Tensor],
         labels: Collection[str] = (),
     ) -> None:
-        with own_parameters(model, guide):
+        with aside(), own_parameters(model, guide):
             guide_trace = poutine.trace(guide).get_trace(**batch)
             replayed = poutine.replay(model, trace=guide_trace)
             model_trace = poutine.trace(replayed).get_trace(**batch)

@@ -113,7 +113,9 @@ def mean_figures(
             ):
                 columns = {name: column[r] for name, column in batch.items()}
                 own = [_cut(one, d, r) for one in drawn]
-                each = [scorer(columns, one, _size(d)) for one in own]
+                each: list[Figures] = []
+                for one in own:  # no comprehension: a frame of its own is in a warning's way
+                    each.append(scorer(columns, one, _size(d)))
                 figures = assignments.combine(each, [one.log_q for one in own])
                 at = slice(part.start + r.start + new_r.start, part.start + r.stop)
                 means.add(_cut(figures, new_d, new_r), at, _size(new_d))

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -155,7 +156,9 @@ class Training:
         watched = watch.of_model(scale(model)), watch.of_guide(scale(guide))
         loss = how(self.objective, *watched, *args, **kwargs)
         terms = watch.terms(self.total)
-        new = (terms.reconstruction, terms.kl, torch.ones(()))
+        # TraceGraph_ELBO marks tensors by what they come from.
+        figures = map(detach_provenance, (terms.reconstruction, terms.kl))
+        new = (*figures, torch.ones(()))
         self.totals += share * batch * torch.stack([x.to(self.totals) for x in new])
         return loss
 

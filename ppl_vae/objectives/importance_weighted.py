@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl_vae.objectives.row_objective import RowObjective
 from ppl_vae.objectives.rows import Number, RowTerms
-from ppl_vae.sites import PairError
+from ppl_vae.sites import PairError, sample_nodes
 
 
 class IWAE(RowObjective):
@@ -82,7 +82,10 @@ class _Pathwise(RowObjective):
             draws = _Joined.apply(through, leaves, *cut.drawn.values())
             joined = dict(zip(cut.drawn, draws, strict=True))
             replayed = poutine.trace(poutine.replay(self.plate(model), trace=_with(scored, joined)))
-            terms = RowTerms(replayed.get_trace(*args, **kwargs), scored)
+            model_trace = replayed.get_trace(*args, **kwargs)
+            for trace in (scored, model_trace):
+                self._refuse_enumerated(trace)
+            terms = RowTerms(model_trace, scored)
         except NotImplementedError as error:
             raise PairError(f"{type(self).__name__} scores draws as values: {error}") from error
         loss = self.loss_of(terms)
@@ -99,6 +102,15 @@ class _Pathwise(RowObjective):
             surrogate = surrogate - (slope * value).sum()
         # The loss's value, with the surrogate's gradient.
         return loss.detach() - (surrogate - surrogate.detach())
+
+
+    def _refuse_enumerated(self, trace: Trace) -> None:
+        for name, node in sample_nodes(trace):
+            if node["infer"].get("enumerate") and not node["is_observed"]:
+                raise PairError(
+                    f"site {name!r} is enumerated: {type(self).__name__} draws every latent; take "
+                    "IWAE or EnumeratedELBO, or draw the site in the guide"
+                )
 
 
 class StickingTheLanding(_Pathwise):

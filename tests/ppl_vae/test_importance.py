@@ -131,9 +131,9 @@ def test_every_draw_of_every_row_counts_once_whatever_the_blocks(
     chunks: list[tuple[int, int]] = []
     draw, score = importance.draw, importance.score
 
-    def drawing(guide: Any, batch: Any, draws: int) -> Any:
+    def drawing(guide: Any, batch: Any, draws: int, values: Any) -> Any:
         blocks.append((draws, len(batch["x"])))
-        return draw(guide, batch, draws)
+        return draw(guide, batch, draws, values)
 
     def scoring(model: Any, batch: Any, drawn: Any, draws: int) -> Any:
         chunks.append((draws, len(batch["x"])))
@@ -161,6 +161,7 @@ def test_the_encoder_sees_each_row_once() -> None:
     with evaluating(0, model, guide):
         budget = Budget(block=5000, chunk=70)
         mean_figures(model, guide, rows_of(x), samples=500, budget=budget, compile=False)
+    assert seen.pop(0) == 2  # by which sites are found
     assert sum(seen) == ROWS
     assert len(seen) == 3
 

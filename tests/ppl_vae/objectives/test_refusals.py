@@ -63,6 +63,11 @@ def enumerated(x):
     coin(x, enumerate="parallel")
 
 
+def enumerated_for_all(x):
+    pyro.sample("w", dist.Bernoulli(torch.tensor(0.5)), infer={"enumerate": "parallel"})
+    plain(x)
+
+
 def two_plates(x):
     with rows(x), pyro.plate("pixels", 2, dim=-3):
         normal("z")
@@ -104,8 +109,7 @@ def whole(x):
 
 
 REFUSED = {
-    "enumerated model": (enumerated, nothing, "'z' is enumerated"),
-    "enumerated guide": (coin, enumerated, "'z' is enumerated"),
+    "enumerated for all": (enumerated_for_all, nothing, "'w' is enumerated"),
     "coin": (coin, coin, r"'z' is drawn without reparameterization \((Independent|Bernoulli)\)"),
     "die": (die, die, r"'z' is drawn without reparameterization \(Categorical\)"),
     "two plates": (two_plates, two_plates, "stands in plate 'pixels' besides the rows'"),
@@ -125,6 +129,14 @@ def test_programs_without_terms_of_rows_are_refused(case, objective):
     model, guide, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         objective.loss_and_grads(model, guide, torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("objective", [DReG(2), StickingTheLanding()], ids=repr)
+@pytest.mark.parametrize("side", ["model", "guide"])
+def test_path_derivatives_have_none_through_an_enumerated_site(side, objective):
+    programs = (enumerated, nothing) if side == "model" else (coin, enumerated)
+    with pytest.raises(PairError, match="'z' is enumerated: .* draws every latent"):
+        objective.loss_and_grads(*programs, torch.randn(3, 2))
 
 
 def global_latent(x):
