@@ -13,13 +13,19 @@ from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli, Binomial
 from ppl_vae.models.categorical_vae import CategoricalVAE
 from ppl_vae.models.sigmoid_belief_network import SigmoidBeliefNetwork
-from ppl_vae.nn import MLP
+from ppl_vae.nn import MLP, Rescaled
 from ppl_vae.objectives import VIMCO, LeaveOneOut, ReweightedWakeSleep, RowObjective
 from ppl_vae.recipes import Experiment
 from ppl_vae.recipes._parts import example, width
 
 Way = Literal[
-    "score", "relaxed", "straight-through", "leave-one-out", "vimco", "reweighted-wake-sleep"
+    "enumerate",
+    "score",
+    "relaxed",
+    "straight-through",
+    "leave-one-out",
+    "vimco",
+    "reweighted-wake-sleep",
 ]
 """How a guide of bits is learned: an estimator of the ELBO, or an objective of several draws."""
 
@@ -42,7 +48,7 @@ def sbn_static_mnist(
     (arXiv:1406.2751), table 1: NLL 103.1 nats, 93.4 and 90.1 by reweighted wake-sleep.
 
     Args:
-        estimator: of the guide's gradient.
+        estimator: of the guide's gradient; "enumerate" is for 10 latents at most.
         baseline: of "score".
         draws: K, of "leave-one-out", "vimco" and "reweighted-wake-sleep".
         temperature: of "relaxed" and "straight-through".
@@ -70,7 +76,7 @@ def sbn_digits(
     Mnih & Gregor 2014 (arXiv:1402.0030). No published figure for these data.
 
     Args:
-        estimator: of the guide's gradient.
+        estimator: of the guide's gradient; "enumerate" is for 10 latents at most.
         baseline: of "score".
         draws: K, of "leave-one-out", "vimco" and "reweighted-wake-sleep".
         temperature: of "relaxed" and "straight-through".
@@ -79,7 +85,7 @@ def sbn_digits(
     """
     data = load_data("digits")
     likelihood = Binomial(MLP(latents, width(data)), total_count=16)
-    made = _network(data, likelihood, estimator, baseline, draws, temperature, layers, latents)
+    made = _network(data, likelihood, estimator, baseline, draws, temperature, layers, latents, 16)
     made.fit |= {"epochs": 200, "batch_size": 50, "learning_rate": 3e-3}
     return made
 
@@ -128,6 +134,7 @@ def _network(
     temperature: float,
     layers: int,
     latents: int,
+    highest: float = 1.0,
 ) -> Experiment:
     """The guide mirrors the network: each layer given the one below, the lowest given x."""
     objectives: dict[str, type[RowObjective]] = {
@@ -141,13 +148,15 @@ def _network(
         settings["estimator"] = cast(Estimator, estimator)
     if estimator == "score" and baseline != "none":
         settings["baseline"] = cast(Baseline, baseline)
-    sites = {
-        f"z{level}": (
-            Bits(MLP(width(data) if level == 1 else latents, latents), **settings),
-            ["x" if level == 1 else f"z{level - 1}"],
-        )
-        for level in range(1, layers + 1)
-    }
+    sites: dict[str, Any] = {}
+    for level in range(1, layers + 1):
+        inputs, below = (width(data), "x") if level == 1 else (latents, f"z{level - 1}")
+        own = dict(settings)
+        if settings.get("baseline") in ("net", "both"):
+            # The hyperbolic tangents of Mnih & Gregor 2014 would not tell large counts apart.
+            scaled = Rescaled(inputs, highest if level == 1 else 1.0)
+            own["baseline_net"] = nn.Sequential(scaled, MLP(inputs, 100, 1, activation=nn.Tanh))
+        sites[f"z{level}"] = Bits(MLP(inputs, latents), **own), [below]
     fit: dict[str, Any] = {"learning_rate": 1e-3}
     if estimator in objectives:
         fit["objective"] = objectives[estimator](draws)

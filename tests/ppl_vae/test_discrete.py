@@ -354,6 +354,18 @@ def test_relaxed_draws_pass_as_draws_of_a_discrete_site():
         check_pair(model, relaxed, x)
 
 
+def test_a_relaxed_guide_of_a_continuous_site_is_refused(program):
+    """Draws of the guide need not be values, but those of the model have to be."""
+
+    def shares(self, x):
+        pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+        return pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+
+    guide = Factorized(z=(Labels(nn.Linear(2, 3), estimator="relaxed"), ["x"]))
+    with pytest.raises(PairError, match=r"a draw of the model.*outside the guide's support"):
+        check_pair(program(shares), guide, torch.randn(4, 2))
+
+
 class Unmarked(nn.Module):
     def forward(self, x):
         return RelaxedOneHot(torch.zeros(len(x), 2, 3), 1.0).to_event(1)
