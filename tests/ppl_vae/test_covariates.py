@@ -64,6 +64,23 @@ def test_covariates_are_the_keyword_only_arguments_besides_the_sizes() -> None:
     assert list(PPCA.toy().observed(batch)) == ["x"]
 
 
+def test_labels_that_are_given_come_one_hot() -> None:
+    class GivenLabels(Mixed):
+        classes = 3
+
+        def forward(self, x=None, *, y, n=None, total=None):
+            with self.rows(x, y, n=n, total=total):
+                pyro.sample("x", dist.Normal(y, 1.0).to_event(1), obs=x)
+
+    model, y = GivenLabels(), torch.tensor([2, 0, 1, 1])
+    columns = {"x": torch.randn(4, 3), "y": y}
+    rows = ppl_vae.data.Dataset("labels", {"train": columns})
+    assert torch.equal(model.observed(columns)["y"], torch.eye(3)[y])
+    given = some_covariates(model, rows, 8, seed=0)["y"]
+    assert given.shape == (8, 3)
+    assert torch.equal(given.sum(0), torch.tensor([2.0, 4.0, 2.0]))
+
+
 def test_simulate_draws_given_covariates_and_returns_them() -> None:
     model, c = conditional(), torch.tensor([[1.0, 2.0], [30.0, 40.0], [-5.0, 0.0]])
     drawn = model.simulate(3, c=c)
