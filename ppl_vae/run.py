@@ -50,8 +50,8 @@ class Run:
         """Make ``folder`` and its ``run.json``: ``record``, with format, time and `environment`.
 
         Raises:
-            FileExistsError: ``folder`` is a file or has anything in it (hidden files and what a
-                killed `create` leaves behind apart).
+            FileExistsError: ``folder`` is a file or has anything in it (hidden files, what a killed
+                `create` leaves behind, and the run of an earlier stage in ``before`` apart).
             TypeError, ValueError: ``record`` does not fit JSON.
             OSError: it cannot be written.
         """
@@ -173,9 +173,12 @@ def environment() -> dict[str, Any]:
 
 
 def _content(folder: Path) -> list[str]:
-    """What is in ``folder``, hidden files and the empty folders that `create` begins with apart."""
+    """What is in ``folder``, hidden files, the empty folders that `create` begins with and the run
+    that came ``before`` apart."""
 
     def counts(entry: Path) -> bool:
+        if entry.name == "before" and entry.is_dir():
+            return False
         ours = entry.name in ("checkpoints", "figures") and entry.is_dir()
         return not entry.name.startswith(".") and not (ours and not any(entry.iterdir()))
 

@@ -7,6 +7,8 @@ log-probabilities, and differ in what they make of them:
 - tighter bounds and gradients of less variance: :class:`IWAE`, :class:`DReG`,
   :class:`StickingTheLanding`;
 - of discrete draws: :class:`VIMCO`, :class:`LeaveOneOut`, :class:`ReweightedWakeSleep`;
+- labels given in part: :class:`SemiSupervised`, with a classification term and penalties on the
+  classifier;
 - the aggregate posterior regularized: :class:`BetaTC`, :class:`FactorVAE`, :class:`DIPVAE`,
   :class:`InfoVAE`.
 """
@@ -16,12 +18,13 @@ from ppl_vae.objectives.elbo import EnumeratedELBO, plain_elbo
 from ppl_vae.objectives.evolving import Evolving
 from ppl_vae.objectives.importance_weighted import IWAE, DReG, StickingTheLanding
 from ppl_vae.objectives.objective import Objective, Terms, backward
+from ppl_vae.objectives.penalties import MutualInformation, Penalty, VirtualAdversarial
 from ppl_vae.objectives.reweighted import ReweightedWakeSleep
 from ppl_vae.objectives.row_objective import RowObjective
 from ppl_vae.objectives.rows import RowTerms
 from ppl_vae.objectives.schedules import CyclicalWarmup, LinearWarmup, Schedule
 from ppl_vae.objectives.score_function import VIMCO, LeaveOneOut
-from ppl_vae.objectives.semi_supervised import Consistency, SemiSupervised
+from ppl_vae.objectives.semi_supervised import SemiSupervised
 from ppl_vae.objectives.weighted import Beta, Capacity, FreeBits
 
 __all__ = [
@@ -31,7 +34,6 @@ __all__ = [
     "Beta",
     "BetaTC",
     "Capacity",
-    "Consistency",
     "CyclicalWarmup",
     "DReG",
     "EnumeratedELBO",
@@ -41,7 +43,9 @@ __all__ = [
     "InfoVAE",
     "LeaveOneOut",
     "LinearWarmup",
+    "MutualInformation",
     "Objective",
+    "Penalty",
     "ReweightedWakeSleep",
     "RowObjective",
     "RowTerms",
@@ -49,6 +53,7 @@ __all__ = [
     "SemiSupervised",
     "StickingTheLanding",
     "Terms",
+    "VirtualAdversarial",
     "backward",
     "plain_elbo",
 ]

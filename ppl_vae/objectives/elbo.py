@@ -43,10 +43,10 @@ def plain_elbo(
     """The estimator of the ELBO that fits a pair, chosen from a trace of it.
 
     :class:`EnumeratedELBO` where a site is enumerated, or ``TraceEnum_ELBO`` where there is more
-    than a plate of rows, or a site without reparameterization besides; ``TraceGraph_ELBO`` where a guide's site is
-    not reparameterized, ``TraceMeanField_ELBO`` where every latent's KL has a closed form and the
-    guide draws in the model's order (a KL given a latent that depends on the one at hand is no
-    term of the ELBO), ``Trace_ELBO`` otherwise. Arguments: an example batch.
+    than a plate of rows, or a site without reparameterization besides; ``TraceGraph_ELBO`` where a
+    guide's site is not reparameterized, ``TraceMeanField_ELBO`` where every latent's KL has a
+    closed form and the guide draws in the model's order (a KL given a latent that depends on the
+    one at hand is no term of the ELBO), ``Trace_ELBO`` otherwise. Arguments: an example batch.
     """
     with torch.no_grad(), aside():
         model_trace, guide_trace = paired_traces(model, guide, *args, **kwargs)

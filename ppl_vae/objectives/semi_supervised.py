@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
 
 from ppl_vae.objectives.elbo import plain_elbo
 from ppl_vae.objectives.evolving import Evolving
 from ppl_vae.objectives.objective import Objective, backward
-from ppl_vae.sites import PairError, sample_nodes
+from ppl_vae.objectives.penalties import Penalty
+from ppl_vae.sites import PairError
 
 UNHEARD = "_unheard"
 """Marks the sites of a run that is made besides an estimator's own."""
-
-
-class Consistency(Protocol):
-    """A penalty on a classifier that answers differently where it should not."""
-
-    def __call__(self, classify: Callable[[Tensor], TorchDistribution], x: Tensor, /) -> Tensor:
-        """Nats of each row, ``(rows,)``.
-
-        Args:
-            classify: q(label | x) of rows ``(rows, D)``.
-            x: the batch.
-        """
-        ...
 
 
 class SemiSupervised(Evolving):
@@ -54,7 +43,7 @@ class SemiSupervised(Evolving):
         classification: alpha.
         label: the site whose labels are given in part.
         objective: of each kind of rows; None: :func:`plain_elbo` for each.
-        consistency: a penalty on the classifier of all rows.
+        penalties: on the classifier, of rows without labels.
 
     Raises:
         ValueError: a negative ``classification``.
@@ -68,18 +57,23 @@ class SemiSupervised(Evolving):
         *,
         label: str = "y",
         objective: Objective | None = None,
-        consistency: Consistency | None = None,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
         super().__init__()
         if not classification >= 0:
             raise ValueError(f"SemiSupervised({classification}): expected a weight of at least 0")
         self.classification, self.label = classification, label
-        self.objective, self.consistency = objective, consistency
+        self.objective, self.penalties = objective, tuple(penalties)
         self._bounds: dict[bool, Objective] = {}
+        states: list[nn.Module] = list(penalties)
         if isinstance(objective, Evolving):
-            self.state, self.ends = objective.state, objective.ends
+            self.ends = objective.ends
+            states += [] if objective.state is None else [objective.state]
+        self.state = nn.ModuleList(states) if states else None
 
     def at(self, epoch: float) -> None:
+        for penalty in self.penalties:
+            penalty.at(epoch)
         if isinstance(self.objective, Evolving):
             self.objective.at(epoch)
 
@@ -88,7 +82,7 @@ class SemiSupervised(Evolving):
             "classification": self.classification,
             "label": self.label,
             "objective": self.objective,
-            "consistency": self.consistency,
+            "penalties": list(self.penalties),
         }
 
     def choose(
@@ -148,7 +142,7 @@ class SemiSupervised(Evolving):
     def _extra(
         self, guide: Callable[..., Any], columns: Mapping[str, Any], labeled: int | None
     ) -> Tensor | None:
-        """The classification term and the penalty of rows of one kind."""
+        """The classification term, or the penalties, of rows of one kind."""
         given = {name: value for name, value in columns.items() if name != self.label}
         terms: list[Tensor] = []
         if self.classification > 0 and self.label in columns:
@@ -157,7 +151,7 @@ class SemiSupervised(Evolving):
             up = columns["total"] / labeled if labeled is not None else 1.0
             log_q = node["fn"].log_prob(node["value"])
             terms.append(-self.classification * up * (node["scale"] * log_q).sum())
-        if self.consistency is not None:
+        elif self.label not in columns:
             scale: Any = 1.0
 
             def classify(x: Tensor) -> TorchDistribution:
@@ -166,22 +160,46 @@ class SemiSupervised(Evolving):
                 scale = node["scale"]
                 return node["fn"]
 
-            penalty = self.consistency(classify, given["x"])
-            terms.append((scale * penalty).sum())
+            for penalty in self.penalties:
+                value = penalty(classify, given["x"])
+                # Rows count as they do in the bound.
+                terms.append((scale * value.expand(len(given["x"]))).sum())
         return sum(terms[1:], terms[0]) if terms else None
 
     def _run_guide(
         self, guide: Callable[..., Any], given: Mapping[str, Any], values: dict[str, Tensor]
     ) -> Any:
-        with poutine.infer_config(config_fn=lambda site: {UNHEARD: True}):
-            trace = poutine.trace(poutine.condition(guide, data=values)).get_trace(**given)
-        node = dict(sample_nodes(trace)).get(self.label)
-        if node is None:
-            raise PairError(
-                f"SemiSupervised: the guide has no site {self.label!r}, whose labels are given in "
-                "part only: give it a classifier q(y | x)"
-            )
-        return node
+        """The classifier's site, in a run of the guide that goes so far."""
+        conditioned = poutine.condition(guide, data=values)
+        try:
+            with _Until(self.label), poutine.infer_config(config_fn=lambda site: {UNHEARD: True}):
+                conditioned(**given)
+        except _Reached as reached:
+            return reached.site
+        raise PairError(
+            f"SemiSupervised: the guide has no site {self.label!r}, whose labels are given in "
+            "part only: give it a classifier q(y | x)"
+        )
+
+
+class _Reached(BaseException):
+    """Carries a site out of a run; no error, so that none who catches errors stops it."""
+
+    def __init__(self, site: Any) -> None:
+        super().__init__()
+        self.site = site
+
+
+class _Until(Messenger):
+    """Ends a run at a site."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name:
+            raise _Reached(msg)
 
 
 def strata(kwargs: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:

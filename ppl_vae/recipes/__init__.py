@@ -36,12 +36,20 @@ from ppl_vae.zoo import collect, find, modules
 
 @dataclass
 class Experiment:
-    """A model, a guide and data, and how to fit them: arguments of :func:`ppl_vae.fit`."""
+    """A model, a guide and data, and how to fit them: arguments of :func:`ppl_vae.fit`.
+
+    Attributes:
+        before: what is fitted first, in the run's folder ``before``: a pair that shares parts with
+            this one.
+        begin: is called between the two, to take over what was learned.
+    """
 
     model: GenerativeModel
     guide: nn.Module
     data: Dataset
     fit: dict[str, Any] = field(default_factory=dict)
+    before: Experiment | None = None
+    begin: Callable[[], None] | None = None
 
 
 Recipe = Callable[..., Experiment]
@@ -126,8 +134,54 @@ def run_recipe(
     name = recipe if file is None else f"{file}:{function}"  # found from any folder later on
     given = dict(arguments or {})
     built = [build(name, given, seed + number) for number in range(seeds or 1)]
-    experiment = built[0]
     chosen = {option: value for option, value in options.items() if value is not None}
+    record = {
+        "recipe": name,
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
+    }
+    return _fit(built, chosen, out=out, seed=seed, seeds=seeds, record=record)
+
+
+# What a stage before has of the options: where and how to compute, not what.
+_OF_ALL_STAGES = (
+    "device",
+    "devices",
+    "num_nodes",
+    "precision",
+    "matmul_precision",
+    "compile",
+    "checkpoint_seconds",
+    "progress",
+)
+
+
+def _fit(
+    built: list[Experiment],
+    chosen: Mapping[str, Any],
+    *,
+    out: str | Path | None,
+    seed: int,
+    seeds: int | None,
+    record: Mapping[str, Any],
+) -> Fitted:
+    """Fit an experiment, or one for each seed, after what comes before it."""
+    experiment = built[0]
+    if experiment.before is not None:
+        folder = None if out is None else Path(out) / "before"
+        begun = folder is not None and run_folders(folder)[0].joinpath("run.json").exists()
+        shared = {option: chosen[option] for option in _OF_ALL_STAGES if option in chosen}
+        stages = [one.before for one in built if one.before is not None]
+        _fit(
+            stages,
+            shared | {"resume": begun},
+            out=folder,
+            seed=seed,
+            seeds=seeds,
+            record={},  # no recipe makes it by itself
+        )
+    for one in built:
+        if one.begin is not None:
+            one.begin()
     return fit(
         experiment.model if seeds is None else [one.model for one in built],
         experiment.guide if seeds is None else [one.guide for one in built],
@@ -135,10 +189,7 @@ def run_recipe(
         out=out,
         seed=seed,
         seeds=seeds,
-        record={
-            "recipe": name,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
-        },
+        record=record,
         **(experiment.fit | chosen),
     )
 
