@@ -141,9 +141,9 @@ def test_a_few_targets_name_the_latent() -> None:
     )
     q_t, q_z = Normal(MLP(3, 2 * K)), Normal(MLP(3 + K, 2))
     guide = Factorized(t=(q_t, ["x"]), z=(q_z, ["x", "t"]))
-    optimizer = pyro.optim.Adam({"lr": 0.03})
+    optimizer = pyro.optim.Adam({"lr": 0.05})
     svi = ppl_vae.SVI(model, guide, optimizer, SemiSupervised(0.5, label="t"), compile=False)
-    for _ in range(400):
+    for _ in range(200):
         svi.step(x=x, t=t[:labeled], total=n, labeled=labeled)
     with torch.no_grad():
         predicted = q_t(x[labeled:]).mean
