@@ -77,6 +77,7 @@ def fit_command(
     matmul_precision: Literal["highest", "high", "medium"] | None = None,
     compile: Literal["auto", "yes", "no"] | None = None,
     batch_size: int | None = None,
+    labeled_batch: int | None = None,
     accumulate: int | None = None,
     optimizer: Literal["adam", "adamw", "adamax"] | None = None,
     learning_rate: float | None = None,
@@ -110,6 +111,7 @@ def fit_command(
         matmul_precision: of float32 matrix products; high is TF32 on CUDA.
         compile: the step; auto does so where the run is long enough to gain. Default: auto.
         batch_size: rows a step.
+        labeled_batch: rows a step with labels, where others have none.
         accumulate: parts in which a batch is run, to save memory.
         optimizer: its name.
         learning_rate: of the optimizer.
@@ -135,6 +137,7 @@ def fit_command(
         "compile": {"yes": True, "no": False}.get(compile or "", compile),
         "accumulate": accumulate,
         "batch_size": batch_size,
+        "labeled_batch": labeled_batch,
         "optimizer": optimizer,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
@@ -194,7 +197,7 @@ def evaluate_command(
         json: print JSON.
     """
     from ppl_vae.atomic import write_atomically
-    from ppl_vae.evaluation import evaluate
+    from ppl_vae.evaluation import evaluate, finite_or_none
     from ppl_vae.recipes import load
     from ppl_vae.replicas import Spread, run_folders
 
@@ -216,11 +219,15 @@ def evaluate_command(
         write_atomically(folder / f"evaluation-{split}.json", own.encode() + b"\n")
     figures = each[0].to_json()
     text = json_.dumps(figures, indent=2)
-    errors = {"elbo": each[0].elbo_se, "nll": each[0].nll_se}
+    errors: dict[str, Any] = {"elbo": each[0].elbo_se, "nll": each[0].nll_se}
+    errors["labels"] = {
+        source: {"accuracy": scores["accuracy_se"]}
+        for source, scores in figures.get("labels", {}).items()
+    }
     title = f"{split}: {figures['rows']} rows, {samples} importance samples a row, nats per datum"
     if len(each) > 1:
         spread = Spread.of(each)
-        figures, errors = spread.mean, spread.standard_error
+        figures, errors = finite_or_none(spread.mean), finite_or_none(spread.standard_error)
         over = {"mean": figures, "standard_error": errors, "seeds": len(each)}
         text = json_.dumps(over | {"each": [one.to_json() for one in each]}, indent=2)
         write_atomically(run / f"evaluation-{split}.json", text.encode() + b"\n")
@@ -228,6 +235,11 @@ def evaluate_command(
     if json:
         print(text)
         return
+
+    def show(label: str, digits: int, value: float | None, error: float | None) -> None:
+        shown = "-" if value is None else f"{value:.{digits}f}"
+        print(f"  {label:<18}{shown:>10}" + ("" if error is None else f" +- {error:.{digits}f}"))
+
     print(title)
     for name, label, digits in (
         ("elbo", "ELBO", 3),
@@ -237,8 +249,12 @@ def evaluate_command(
         ("bits_per_dim", "bits per dim", 4),
         ("active_units", "active units", 0 if len(each) == 1 else 1),
     ):
-        error = f" +- {errors[name]:.{digits}f}" if name in errors else ""
-        print(f"  {label:<16}{figures[name]:10.{digits}f}{error}")
+        show(label, digits, figures[name], errors.get(name))
+    for source, scores in figures.get("labels", {}).items():
+        of = {"classifier": "the classifier q(y | x)", "importance": "importance sampling p(y | x)"}
+        print(f"labels, by {of[source]}")
+        for name in ("accuracy", "log_loss", "brier", "calibration_error"):
+            show(name.replace("_", " "), 4, scores[name], errors["labels"][source].get(name))
 
 
 def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:

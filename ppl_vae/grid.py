@@ -51,6 +51,8 @@ LIKELIHOODS: dict[str, tuple[int, Callable[[nn.Module], nn.Module]]] = {
 
 OBJECTIVES: dict[str, Callable[[int], Objective | None]] = {
     "ELBO": lambda size: None,
+    "EnumeratedELBO": lambda size: objectives.EnumeratedELBO(),
+    "SemiSupervised": lambda size: objectives.SemiSupervised(),
     "Beta": lambda size: objectives.Beta(4.0),
     "Capacity": lambda size: objectives.Capacity(1.0, epochs=1),
     "FreeBits": lambda size: objectives.FreeBits(0.1),
