@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ppl_vae.objectives import Evolving, Objective, Schedule, Terms, backward
 from ppl_vae.objectives.enumeration import Enumeration
+from ppl_vae.objectives.objective import is_beside
 from ppl_vae.objectives.rows import PARTICLES
-from ppl_vae.objectives.semi_supervised import UNHEARD, strata
+from ppl_vae.objectives.semi_supervised import strata
 
 
 class Training:
@@ -177,7 +178,8 @@ class _Scale(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
-            msg["scale"] = msg["scale"] * (self.observed if msg["is_observed"] else self.latent)
+            unweighted = msg["is_observed"] or is_beside()
+            msg["scale"] = msg["scale"] * (self.observed if unweighted else self.latent)
 
 
 class _Watch:
@@ -276,5 +278,5 @@ class _Listen(Messenger):
         self.hear = hear
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not (site_is_subsample(msg) or msg["infer"].get(UNHEARD)):
+        if not (site_is_subsample(msg) or is_beside()):
             self.hear(msg)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +53,25 @@ def backward(
 
 
 _state_a_parameter: Any = effectful(lambda: torch.zeros(()), type="param")
+
+
+_beside: ContextVar[bool] = ContextVar("_beside", default=False)
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """Runs of programs besides an estimator's own: their latents are no part of a bound, so that
+    training neither weighs them nor watches them."""
+    token = _beside.set(True)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def is_beside() -> bool:
+    """Whether a program is run within :func:`beside`."""
+    return _beside.get()
 
 
 @dataclass

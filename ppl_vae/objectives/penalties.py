@@ -12,6 +12,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from ppl_vae.distributions import OneHotCategorical
+
 Classify = Callable[[Tensor], TorchDistribution]
 
 
@@ -23,9 +25,14 @@ class Penalty(nn.Module):
     Args:
         weight: what it is multiplied by, in nats.
 
+    Attributes:
+        ends: the epoch from which it no longer changes.
+
     Raises:
         ValueError: a negative weight.
     """
+
+    ends: float = 0.0
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -86,6 +93,7 @@ class VirtualAdversarial(Penalty):
                 "radius and step, and epochs of at least 0"
             )
         self.epsilon, self.rise, self.xi = epsilon, rise, xi
+        self.ends = rise
         # In a tensor, which a recorded step follows.
         self.register_buffer("radius", torch.zeros(()))
         self.at(0.0)
@@ -128,9 +136,9 @@ def _log_probabilities(answer: Any) -> Tensor:
     return answer.logits.log_softmax(-1)
 
 
-def _fixed(answer: Any) -> Any:
+def _fixed(answer: Any) -> OneHotCategorical:
     """The same answer, without gradient."""
-    return type(answer)(logits=answer.logits.detach())
+    return OneHotCategorical(logits=answer.logits.detach())
 
 
 def _unit(vectors: Tensor) -> Tensor:

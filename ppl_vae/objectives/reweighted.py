@@ -13,10 +13,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vae.objectives.importance_weighted import log_mean_exp
+from ppl_vae.objectives.objective import beside
 from ppl_vae.objectives.row_objective import RowObjective
 from ppl_vae.objectives.rows import RowTerms
 from ppl_vae.objectives.score_function import check_draws
-from ppl_vae.objectives.semi_supervised import UNHEARD
 from ppl_vae.sites import PairError, sample_nodes
 
 
@@ -104,10 +104,8 @@ def _dream(
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     """log q of the latents of as many rows as the batch has, drawn from the model: ``(rows,)``."""
-    mark: Any = {UNHEARD: True}
-    unheard = poutine.infer_config(config_fn=lambda site: mark)
-    with torch.no_grad():
-        dreams = poutine.trace(unheard(poutine.uncondition(model))).get_trace(*args, **kwargs)
+    with torch.no_grad(), beside():
+        dreams = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     drawn = {name: node["value"] for name, node in sample_nodes(dreams)}
     observed = {n: node["value"] for n, node in terms.model_nodes.items() if node["is_observed"]}
     for name, value in observed.items():
@@ -122,9 +120,10 @@ def _dream(
         return next((drawn[name] for name, value in observed.items() if value is given), given)
 
     latents = {name: drawn[name] for name in terms.log_q}
-    scored = poutine.trace(unheard(poutine.condition(guide, latents))).get_trace(
-        *map(dreamt, args), **{name: dreamt(given) for name, given in kwargs.items()}
-    )
+    with beside():
+        scored = poutine.trace(poutine.condition(guide, latents)).get_trace(
+            *map(dreamt, args), **{name: dreamt(given) for name, given in kwargs.items()}
+        )
     nodes = dict(sample_nodes(scored))
     return sum(
         (nodes[name]["fn"].log_prob(latents[name]) for name in latents),

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from ppl_vae.objectives.elbo import plain_elbo
 from ppl_vae.objectives.evolving import Evolving
-from ppl_vae.objectives.objective import Objective, backward
+from ppl_vae.objectives.objective import Objective, backward, beside
 from ppl_vae.objectives.penalties import Penalty
 from ppl_vae.sites import PairError
-
-UNHEARD = "_unheard"
-"""Marks the sites of a run that is made besides an estimator's own."""
 
 
 class SemiSupervised(Evolving):
@@ -30,8 +27,8 @@ class SemiSupervised(Evolving):
     the number of all rows, so that alpha is comparable between data sets: a row's classification
     counts ``alpha N / N_labeled`` nats. What multiplies what: of a batch with rows of both kinds,
     the labeled ones stand for all N_labeled, the others for all N_unlabeled, whatever their numbers
-    in the batch; the classification term, and the penalty, for N. None of them is weighted by a
-    warm-up of the KL.
+    in the batch, in the bound as in the penalties; in the classification term they stand for N.
+    Neither that term nor the penalties are weighted by a warm-up of the KL.
 
     A step takes columns by name. A column that has fewer rows than the others belongs to the first
     rows of the batch: ``svi.step(x=x, y=y, total=50_000, labeled=100)`` with images ``(B, D)`` and
@@ -66,8 +63,9 @@ class SemiSupervised(Evolving):
         self.objective, self.penalties = objective, tuple(penalties)
         self._bounds: dict[bool, Objective] = {}
         states: list[nn.Module] = list(penalties)
+        self.ends = max((penalty.ends for penalty in penalties), default=0.0)
         if isinstance(objective, Evolving):
-            self.ends = objective.ends
+            self.ends = max(self.ends, objective.ends)
             states += [] if objective.state is None else [objective.state]
         self.state = nn.ModuleList(states) if states else None
 
@@ -172,7 +170,7 @@ class SemiSupervised(Evolving):
         """The classifier's site, in a run of the guide that goes so far."""
         conditioned = poutine.condition(guide, data=values)
         try:
-            with _Until(self.label), poutine.infer_config(config_fn=lambda site: {UNHEARD: True}):
+            with beside(), _Until(self.label):
                 conditioned(**given)
         except _Reached as reached:
             return reached.site
