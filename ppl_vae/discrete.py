@@ -285,15 +285,18 @@ class LearnedBaseline(nn.Module):
     Args:
         net: to 1 output, or None.
         average: whether there is a running mean.
-        decay: what is left of it at each step.
+        decay: what is left of it at each step, but for the first ones, which are averaged: a net
+            that had to make up for a mean that starts at 0 would not recover from it.
     """
 
     mean: Tensor | None
+    steps: Tensor
 
     def __init__(self, net: nn.Module | None, *, average: bool, decay: float = 0.9) -> None:
         super().__init__()
         self.net, self.decay = net, decay
         self.register_buffer("mean", torch.zeros(()) if average else None)
+        self.register_buffer("steps", torch.zeros(()) if average else None)
 
     def forward(self, context: Tensor) -> Tensor:
         expected = context.new_zeros(context.shape[:-1])
@@ -311,7 +314,9 @@ class LearnedBaseline(nn.Module):
         assert self.mean is not None
         # The gradient of the squared error is -2 times the error.
         with torch.no_grad():
-            self.mean.add_((1 - self.decay) * gradient.mean() / -2)
+            self.steps.add_(1)
+            share = (1 / self.steps).clamp(min=1 - self.decay)
+            self.mean.add_(share * gradient.mean() / -2)
 
 
 def infer_of(conditional: nn.Module, *context: Tensor) -> Any:

@@ -380,6 +380,7 @@ def test_a_recorded_step_learns_baselines_as_an_eager_one():
     guide = Factorized(z1=(heads[0], ["x"]), z2=(heads[1], ["z1"]))
     held = parameters(model, guide)
     means = [head.baseline.mean for head in heads]
+    steps = [head.baseline.steps for head in heads]
 
     def step(x):
         for parameter in held:
@@ -392,8 +393,9 @@ def test_a_recorded_step_learns_baselines_as_an_eager_one():
         _, graph = record(step, x)
     found = []
     for run in (step, graph):
-        for mean in means:
+        for mean, count in zip(means, steps, strict=True):
             mean.fill_(-1.0)
+            count.fill_(3.0)
         torch.manual_seed(1)
         loss, gradients = run(x)
         found.append([loss, *gradients, *(mean.clone() for mean in means)])
