@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -55,6 +56,45 @@ class LabelScores:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class LabelPosterior:
+    """Probabilities of a label that was not shown, of K classes, row by row.
+
+    Attributes:
+        classifier: q(y | x), which is the guide's, ``(rows, K)``; where the guide draws other
+            latents before the label, its mean over them.
+        importance: p(y | x), which is the model's, by importance sampling of the other latents,
+            ``(rows, K)``.
+        log_evidence: log p(x) by importance sampling, in nats, ``(rows,)``.
+        labels: the true classes ``(rows,)``; None where they are not known.
+    """
+
+    classifier: Tensor
+    importance: Tensor
+    log_evidence: Tensor
+    labels: Tensor | None
+
+    @property
+    def probabilities(self) -> dict[str, Tensor]:
+        """Both, by what they come from."""
+        return {"classifier": self.classifier, "importance": self.importance}
+
+    def known(self) -> Tensor:
+        """The true classes.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        if self.labels is None:
+            raise ValueError("the rows have no labels to compare with: give data with a column 'y'")
+        return self.labels
+
+    def scores(self) -> Mapping[str, LabelScores]:
+        """Of both. Raises as :meth:`known`."""
+        labels = self.known()
+        return {name: LabelScores.of(p, labels) for name, p in self.probabilities.items()}
+
+
 class Reliability(NamedTuple):
     """Rows by how sure a prediction is: a figure a bin that is not empty.
 
@@ -81,7 +121,7 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliab
         raise ValueError(f"reliability(bins={bins}): expected at least 1")
     p, labels = checked(probabilities, labels)
     confidence, chosen = p.max(1)
-    number = (confidence * bins).long().clamp(max=bins - 1)
+    number = _bin(confidence, bins)
     rows = torch.bincount(number, minlength=bins)
     right = torch.bincount(number, (chosen == labels).double(), minlength=bins)
     sure = torch.bincount(number, confidence, minlength=bins)
@@ -102,6 +142,44 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     found = reliability(probabilities, labels, bins)
     share = found.rows / found.rows.sum()
     return float((share * np.abs(found.accuracy - found.confidence)).sum())
+
+
+def calibrated_accuracy(
+    probabilities: Tensor, bins: int = 15, *, replicates: int = 999, seed: int = 0
+) -> np.ndarray:
+    """Accuracies in the bins of :func:`reliability` if the probabilities are right: labels drawn
+    from them, again and again.
+
+    Source: Bröcker & Smith 2007, "Increasing the reliability of reliability diagrams", section 4,
+    consistency resampling; here with the predictions as they are, so that a test against these is
+    given them.
+
+    Returns:
+        ``(replicates, bins that are not empty)``.
+
+    Raises:
+        ValueError: bins or replicates below 1, or as :func:`checked`.
+    """
+    if bins < 1 or replicates < 1:
+        raise ValueError(
+            f"calibrated_accuracy(bins={bins}, replicates={replicates}): expected at least 1"
+        )
+    p, _ = checked(probabilities, torch.zeros(len(probabilities), dtype=torch.int64))
+    confidence = p.max(1).values
+    number = _bin(confidence, bins)
+    rows = torch.bincount(number, minlength=bins)
+    # Of a drawn label all that counts is whether it is the most probable one.
+    stream = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(replicates, bins, dtype=torch.float64)
+    for own in drawn:
+        right = torch.rand(len(p), generator=stream, dtype=torch.float64) < confidence
+        own.copy_(torch.bincount(number, right.double(), minlength=bins))
+    some = rows > 0
+    return (drawn / rows)[:, some].numpy()
+
+
+def _bin(confidence: Tensor, bins: int) -> Tensor:
+    return (confidence * bins).long().clamp(max=bins - 1)
 
 
 def checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppl_vae.calibration import LabelScores
+from ppl_vae.calibration import LabelPosterior, LabelScores
 from ppl_vae.data import Dataset, Rows, as_dataset
 from ppl_vae.draws import observed
 from ppl_vae.importance import Budget, Compile, Figures, budget, mean_figures, parts
@@ -58,22 +58,20 @@ class Evaluation:
     kl_per_site: dict[str, float]
     kl_per_latent: dict[str, list[float]]
     active_units: int
-    labels: dict[str, LabelScores] | None
+    labels: Mapping[str, LabelScores] | None
     samples: int
     split: str
     rows: int
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        """The figures in JSON types; a standard error of a single row is None."""
-        figures = asdict(self)
+        """The figures in JSON types; None for one that is not finite, as the standard error of a
+        single row."""
+        figures = {name: finite_or_none(value) for name, value in asdict(self).items()}
         # A figure that does not apply is left out; others read the file by its names.
         if self.labels is None:
             del figures["labels"]
-        return {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in figures.items()
-        }
+        return figures
 
 
 ACTIVE = 0.01
@@ -123,34 +121,23 @@ def evaluate(
         PairError: model, guide and data do not fit each other.
         FloatingPointError: discrete data with a probability above 1: a diverged guide.
     """
-    if samples < 1 or memory < 1:
-        raise ValueError(f"evaluate(samples={samples}, memory={memory}): expected at least 1")
-    dataset = as_dataset(data)
-    rows = dataset.split(split)
-    hidden = _withheld(model, dataset, withheld)
-    with evaluating(seed, model, guide):
-        probe = observed(model, rows, slice(0, 4), hidden)
-        model.covariates_in(probe)  # all are there
-        check_pair(model, guide, **probe)
-        sites = read_sites(model, **probe)
-        check_measurable(sites.values())
-        check_labels(model, dataset, split)
-        batches = (observed(model, rows, part, hidden) for part in parts(len(rows), 1000))
-        check_data(model, batches)
-        columns = mean_figures(
-            model,
-            guide,
-            rows,
-            samples=samples,
-            budget=budget(model, guide, probe, samples=samples, memory=memory),
-            compile=compile,
-            withheld=hidden,
-        )
+    scored = score_rows(
+        model,
+        guide,
+        as_dataset(data),
+        samples=samples,
+        split=split,
+        seed=seed,
+        memory=memory,
+        compile=compile,
+        withheld=withheld,
+    )
+    dataset, rows, columns, sites = scored.dataset, scored.rows, scored.columns, scored.sites
     kl = _kl_per_site(columns)
     elbo, evidence = columns["elbo", ""], columns["log evidence", ""]
     reconstruction = columns["reconstruction", ""].mean().item()
     nll = -evidence.mean().item()
-    dims = sum(x[0].numel() for name, x in probe.items() if name in model.observables)
+    dims = sum(sites[name].event_shape.numel() for name in scored.observed)
     # A density has a unit, a probability has none.
     discrete = all(s.support.is_discrete for s in sites.values() if s.observed)
     unit = 1.0 if discrete else dataset.unit
@@ -159,6 +146,7 @@ def evaluate(
             f"an NLL of {nll:g} nats for discrete data: a probability above 1. The guide has "
             "diverged to where its density is lost in rounding; fit it with a lower learning rate"
         )
+    posterior = scored.label_posterior()
     return Evaluation(
         elbo=reconstruction - sum(kl.values()),
         elbo_se=_standard_error(elbo),
@@ -178,12 +166,85 @@ def evaluate(
             for kind, site in columns
             if kind == "posterior mean"
         ),
-        labels=_label_scores(columns, rows, hidden),
+        labels=None if posterior is None or posterior.labels is None else posterior.scores(),
         samples=samples,
         split=split,
         rows=len(rows),
         seed=seed,
     )
+
+
+class Scored(NamedTuple):
+    """The figures of each row of a split.
+
+    Attributes:
+        columns: see :func:`ppl_vae.importance.mean_figures`.
+        sites: the model's.
+        observed: names of the observables that were given.
+        withheld: of those that were inferred, although the data may have them.
+    """
+
+    dataset: Dataset
+    rows: Rows
+    columns: Figures
+    sites: Mapping[str, Site]
+    observed: tuple[str, ...]
+    withheld: tuple[str, ...]
+
+    def label_posterior(self) -> LabelPosterior | None:
+        """Of the withheld site whose values were all tried; None where there is none. Its labels
+        are None where the data do not have all of them."""
+        name = next((n for n in self.withheld if ("probability", n) in self.columns), None)
+        if name is None:
+            return None
+        labels = self.rows.stored.get(name)
+        if labels is None or labels.dtype != torch.int64 or (labels < 0).any():
+            labels = None
+        return LabelPosterior(
+            classifier=self.columns["probability", name],
+            importance=self.columns["log evidence", name].softmax(1),
+            log_evidence=self.columns["log evidence", ""],
+            labels=None if labels is None else labels.cpu(),
+        )
+
+
+def score_rows(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    dataset: Dataset,
+    *,
+    samples: int,
+    split: str,
+    seed: int,
+    memory: int,
+    compile: Compile,
+    withheld: Sequence[str] | None,
+) -> Scored:
+    """Figures of every row of a split. Arguments and errors are those of :func:`evaluate`."""
+    if samples < 1 or memory < 1:
+        raise ValueError(f"evaluate(samples={samples}, memory={memory}): expected at least 1")
+    rows = dataset.split(split)
+    hidden = inferred(model, dataset, withheld)
+    with evaluating(seed, model, guide):
+        probe = observed(model, rows, slice(0, 4), hidden)
+        model.covariates_in(probe)  # all are there
+        check_pair(model, guide, **probe)
+        sites = read_sites(model, **probe)
+        check_measurable(sites.values())
+        check_labels(model, dataset, split)
+        batches = (observed(model, rows, part, hidden) for part in parts(len(rows), 1000))
+        check_data(model, batches)
+        columns = mean_figures(
+            model,
+            guide,
+            rows,
+            samples=samples,
+            budget=budget(model, guide, probe, samples=samples, memory=memory),
+            compile=compile,
+            withheld=hidden,
+        )
+    seen = tuple(name for name in probe if name in model.observables)
+    return Scored(dataset, rows, columns, sites, seen, hidden)
 
 
 def mean_elbo(
@@ -209,10 +270,10 @@ def mean_elbo(
     return Terms(columns["reconstruction", ""].mean(), torch.tensor(kl))
 
 
-def _withheld(
+def inferred(
     model: GenerativeModel, dataset: Dataset, withheld: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The observables that are inferred."""
+    """The observables that are inferred, although the data may have them: see :func:`evaluate`."""
     if withheld is None:
         partly = dataset.split("train").labeled is not None and "y" in model.observables
         return ("y",) if partly else ()
@@ -225,19 +286,6 @@ def _withheld(
     if known and not set(known) - set(withheld):
         raise ValueError(f"withheld={withheld}: nothing is left to infer it from")
     return tuple(withheld)
-
-
-def _label_scores(
-    columns: Figures, rows: Rows, withheld: Collection[str]
-) -> dict[str, LabelScores] | None:
-    name = next((n for n in withheld if ("probability", n) in columns), None)
-    labels = None if name is None else rows.stored.get(name)
-    if name is None or labels is None or labels.dtype != torch.int64 or (labels < 0).any():
-        return None
-    return {
-        "classifier": LabelScores.of(columns["probability", name], labels),
-        "importance": LabelScores.of(columns["log evidence", name].softmax(1), labels),
-    }
 
 
 def check_measurable(sites: Iterable[Site]) -> None:
@@ -265,3 +313,10 @@ def _kl_per_site(columns: Figures) -> dict[str, float]:
 
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def finite_or_none(value: Any) -> Any:
+    """A figure, or figures by name, with None for what is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,7 +45,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("curves: no metrics; expected one mapping an epoch")
     if missing := [k for k in ("epoch", *_CURVES) if k not in metrics[0]]:
         raise ValueError(f"curves: metrics have no {missing[0]!r}, only {', '.join(metrics[0])}")
-    figure = _figure(10.5, 3.2)
+    figure = empty(10.5, 3.2)
     epochs = _series(metrics, "epoch")
     marker = "." if len(metrics) < 30 else ""
     axes = figure.subplots(1, 3, sharex=True)
@@ -115,7 +115,7 @@ def image_grid(
     whole = tiles.permute(0, 3, 1, 4, 2).reshape(rows * step_y, columns * step_x, channels)
     canvas = whole[: rows * step_y - space, : columns * step_x - space].numpy()
     inches = min(0.9, max(0.35, 9 / columns)) / width  # a pixel
-    figure = _figure(max(3.0, canvas.shape[1] * inches + 0.7), canvas.shape[0] * inches + 0.7)
+    figure = empty(max(3.0, canvas.shape[1] * inches + 0.7), canvas.shape[0] * inches + 0.7)
     ax = figure.subplots()
     if channels == 1:
         ax.imshow(canvas[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -190,7 +190,7 @@ def _strips(cells: Tensor, title: str, limits: Limits, row_labels: Sequence[str]
     step = columns + space
     blocks = F.pad(cells.detach().cpu().double(), (0, 0, 0, space), value=torch.nan)
     canvas = blocks.flatten(0, 1)[: rows * step - space].numpy()
-    figure = _figure(7, min(10.0, 1.5 + 0.14 * len(canvas)))
+    figure = empty(7, min(10.0, 1.5 + 0.14 * len(canvas)))
     ax = figure.subplots()
     image = ax.imshow(
         canvas, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1]
@@ -206,7 +206,7 @@ def _strips(cells: Tensor, title: str, limits: Limits, row_labels: Sequence[str]
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

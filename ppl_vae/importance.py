@@ -292,7 +292,7 @@ def _compiled(function: graphs.Call, inputs: list[Tensor]) -> graphs.Call | None
             f"evaluation runs eagerly, since it cannot be compiled: {error}. Results are the "
             "same; compile=False leaves out the attempt",
             RuntimeWarning,
-            stacklevel=5,  # at the caller of `evaluate`
+            stacklevel=6,  # at the caller of `evaluate`
         )
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,29 +155,51 @@ def run_folders(folder: str | Path) -> list[Path]:
     return [path.parent for path in found]
 
 
+_FIGURES = ("elbo", "reconstruction", "kl", "nll", "bits_per_dim", "active_units")
+_OF_LABELS = ("accuracy", "log_loss", "brier", "calibration_error")
+
+
 @dataclass(frozen=True)
 class Spread:
     """Figures of replicas: mean and standard error over them, by the names that
-    :class:`~ppl_vae.evaluation.Evaluation` gives them; and each replica's."""
+    :class:`~ppl_vae.evaluation.Evaluation` gives them, those of ``labels`` within; and each
+    replica's."""
 
-    mean: dict[str, float]
-    standard_error: dict[str, float]
+    mean: dict[str, Any]
+    standard_error: dict[str, Any]
     each: list[Evaluation]
 
     @classmethod
     def of(cls, each: list[Evaluation]) -> Spread:
-        values = {
-            name: torch.tensor([float(getattr(one, name)) for one in each], dtype=torch.float64)
-            for name in ("elbo", "reconstruction", "kl", "nll", "bits_per_dim", "active_units")
+        return cls(*spread([_figures(one) for one in each]), each=each)
+
+
+def spread(each: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean and standard error, entry by entry, of mappings of numbers, or of such mappings, that
+    have the same names. Of a single one, the standard error is nan."""
+    means: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    for name, first in each[0].items():
+        values = [one[name] for one in each]
+        if isinstance(first, Mapping):
+            means[name], errors[name] = spread(values)
+            continue
+        numbers = torch.tensor(values, dtype=torch.float64)
+        means[name] = numbers.mean().item()
+        error = numbers.std() / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+        errors[name] = float(error)
+    return means, errors
+
+
+def _figures(one: Evaluation) -> dict[str, Any]:
+    """What is averaged over replicas."""
+    figures: dict[str, Any] = {name: float(getattr(one, name)) for name in _FIGURES}
+    if one.labels is not None:
+        figures["labels"] = {
+            source: {name: float(getattr(scores, name)) for name in _OF_LABELS}
+            for source, scores in one.labels.items()
         }
-        return cls(
-            mean={name: value.mean().item() for name, value in values.items()},
-            standard_error={
-                name: (value.std() / len(value) ** 0.5).item() if len(value) > 1 else math.nan
-                for name, value in values.items()
-            },
-            each=each,
-        )
+    return figures
 
 
 def evaluate_replicas(replicas: Sequence[Fitted], **options: Any) -> Spread:

@@ -14,17 +14,38 @@ import torch
 from xarray import DataTree
 
 from ppl_vae.arviz import to_arviz, versions
+from ppl_vae.checks.labels import (
+    label_calibration,
+    label_posterior,
+    labels_are_inferred,
+    unknown_classes,
+)
 from ppl_vae.checks.predictive import population_predictive
 from ppl_vae.checks.result import CheckResult, Report
-from ppl_vae.data import as_dataset
+from ppl_vae.data import Dataset, as_dataset
 from ppl_vae.model import GenerativeModel
 
-__all__ = ["CHECKS", "CheckResult", "Report", "check", "population_predictive"]
+__all__ = [
+    "CHECKS",
+    "CheckResult",
+    "Report",
+    "check",
+    "label_calibration",
+    "label_posterior",
+    "population_predictive",
+    "unknown_classes",
+]
 
 CHECKS: Mapping[str, Callable[..., CheckResult]] = {
     "population_predictive": population_predictive,
+    "label_calibration": label_calibration,
 }
 """The checks there are, by name."""
+
+_WHERE: Mapping[str, Callable[[GenerativeModel, Dataset], bool]] = {
+    "label_calibration": labels_are_inferred
+}
+"""Where a check applies that does not apply everywhere."""
 
 
 def check(
@@ -47,7 +68,8 @@ def check(
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes.
         split: the rows to check against; they should be held out.
         level: error rate of each check.
-        only: names of the checks to run, in this order; all of them if None.
+        only: names of the checks to run, in this order; all of them that apply if None: that of
+            labels where the data withhold labels.
         out: a folder to save the report in (:meth:`Report.save`).
         options: a check's name = its further arguments, such as
             ``population_predictive={"replicates": 1000}``; ``to_arviz={"rows": 50}`` for the
@@ -57,10 +79,11 @@ def check(
         ValueError: an unknown check, and whatever the checks refuse.
         PairError: guide or data do not fit the model.
     """
-    names = list(CHECKS if only is None else only)
+    dataset = as_dataset(data)
+    applying = (n for n in CHECKS if n not in _WHERE or _WHERE[n](model, dataset))
+    names = list(applying if only is None else only)
     if unknown := [n for n in [*names, *options] if n not in CHECKS and n != "to_arviz"]:
         raise ValueError(f"there is no check {unknown[0]!r}, only {', '.join(CHECKS)}")
-    dataset = as_dataset(data)
     common = {"split": split, "seed": seed}
     results = tuple(
         CHECKS[name](model, guide, dataset, level=level, **common, **options.get(name, {}))

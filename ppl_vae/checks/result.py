@@ -30,6 +30,7 @@ class CheckResult:
         settings: what the figures were computed with: seed, split, rows.
         groups: what the check adds to the DataTree, by group name.
         draw: makes the figure of this result.
+        further: makes more figures of it, by name.
     """
 
     name: str
@@ -40,6 +41,7 @@ class CheckResult:
     settings: Mapping[str, Any]
     groups: Mapping[str, Dataset] = field(repr=False)
     draw: Callable[[CheckResult], Figure] = field(repr=False)
+    further: Mapping[str, Callable[[CheckResult], Figure]] = field(default_factory=dict, repr=False)
 
     @property
     def passed(self) -> bool:
@@ -91,17 +93,21 @@ class Report:
         return "\n".join(f"{r.name}: {r.verdict}. {r.meaning}" for r in self.results)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``figures/<check>.png``, ``idata.nc`` and, last, ``check.json`` into a folder.
+        """Write ``figures/<check>.png``, further figures as ``<check>-<name>.png``, ``idata.nc``
+        and, last, ``check.json`` into a folder.
 
         Each file appears whole or not at all, and replaces one of an earlier call.
         """
         folder = Path(folder)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for result in self.results:
-            figure = result.plot()
-            _whole(
-                folder / "figures" / f"{result.name}.png", lambda p, f=figure: f.savefig(p, dpi=150)
-            )
+            figures = {result.name: result.draw} | {
+                f"{result.name}-{name}": draw for name, draw in result.further.items()
+            }
+            for name, draw in figures.items():
+                figure = draw(result)
+                path = folder / "figures" / f"{name}.png"
+                _whole(path, lambda p, f=figure: f.savefig(p, dpi=150))
         _whole(folder / "idata.nc", lambda p: self.idata.to_netcdf(p, engine="h5netcdf"))
         text = json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         _whole(folder / "check.json", lambda p: p.write_text(text, encoding="utf-8"))
