@@ -90,7 +90,8 @@ class SemiSupervised(Evolving):
         kind = self.label in columns
         if kind not in self._bounds:
             own = {name: value for name, value in columns.items() if name != "labeled"}
-            self._bounds[kind] = self.objective or plain_elbo(model, guide, **own)
+            with beside():
+                self._bounds[kind] = self.objective or plain_elbo(model, guide, **own)
         return self._bounds[kind]
 
     def loss(
