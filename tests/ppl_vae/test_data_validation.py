@@ -24,7 +24,7 @@ LABELS = torch.tensor([0, 1, 2])
         ({"train": {"x": ONES.numpy()}}, {}, TypeError, "from_arrays"),
         ({"train": {"x": ONES.to_sparse()}}, {}, TypeError, "to_dense"),
         ({"train": {"x": ONES, "y": LABELS[:2]}}, {}, ValueError, "{'x': 3, 'y': 2}"),
-        ({"train": {"x": ONES, "y": LABELS - 1}}, {}, ValueError, "label -1 in row 0"),
+        ({"train": {"x": ONES, "y": LABELS - 2}}, {}, ValueError, "label -2 in row 0"),
         ({"train": {"x": ONES, "y": LABELS * 1.0}}, {}, TypeError, "int64 labels, not torch.float"),
         ({"train": {"x": ONES, "y": LABELS[:, None]}}, {}, ValueError, "vector of labels"),
         (

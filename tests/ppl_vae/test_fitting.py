@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import math
 import resource
@@ -15,7 +14,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import RenyiELBO
-from pyro.poutine.infer_config_messenger import InferConfigMessenger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 
@@ -318,25 +316,6 @@ class Coin(ppl_vae.GenerativeModel):
             return pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
 
-def test_an_enumerated_site_is_refused_in_model_and_guide(data: dict[str, Tensor]) -> None:
-    def enumerated(program: Any) -> Any:
-        class Enumerated(program):
-            @functools.wraps(program.forward)  # a model reads its observables from the signature
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                with InferConfigMessenger(lambda site: {"enumerate": "parallel"}):
-                    return super().forward(*args, **kwargs)
-
-        return Enumerated
-
-    q = (Bernoulli(MLP(5, 1)), ["x"])
-    for model, guide in (
-        (enumerated(Coin)(), ppl_vae.Factorized(y=q)),
-        (Coin(), enumerated(ppl_vae.Factorized)(y=q)),
-    ):
-        with pytest.raises(ValueError, match="site 'y' is enumerated"):
-            fitted(data, (model, guide))
-
-
 def test_nothing_to_learn_is_refused(data: dict[str, Tensor]) -> None:
     model, guide = ppca()
     for parameter in nn.ModuleList([model, guide]).parameters():
@@ -428,7 +407,8 @@ def test_the_record_holds_the_settings_as_resolved(data: dict[str, Tensor], tmp_
     fitted(data, out=tmp_path / "run", max_grad_norm=2.0, schedule=two_steps)
     settings = Run.open(tmp_path / "run").record["fit"]
     assert settings == {
-        "epochs": 3, "batch_size": 40, "objective": None, "optimizer": "adam",
+        "epochs": 3, "batch_size": 40, "labeled_batch": None, "objective": None,
+        "optimizer": "adam",
         "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "two_steps",
         "max_grad_norm": 2.0, "warmup": 0, "patience": None, "precision": "32-true",
             "accumulate": 1, "matmul_precision": None,
