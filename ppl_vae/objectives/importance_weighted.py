@@ -103,7 +103,6 @@ class _Pathwise(RowObjective):
         # The loss's value, with the surrogate's gradient.
         return loss.detach() - (surrogate - surrogate.detach())
 
-
     def _refuse_enumerated(self, trace: Trace) -> None:
         for name, node in sample_nodes(trace):
             if node["infer"].get("enumerate") and not node["is_observed"]:
