@@ -55,5 +55,6 @@ class LabeledModel(GenerativeModel):
         total: int | None = None,
     ) -> Any:
         with self.rows(x, y, n=n, total=total):
-            label = pyro.sample("y", self.y_dist(), obs=y, infer=dict(self.infer))
+            infer: Any = dict(self.infer)
+            label = pyro.sample("y", self.y_dist(), obs=y, infer=infer)
             return self.tell(label, x)

@@ -61,7 +61,8 @@ def begin(
     validation = dataset.split("validation") if "validation" in dataset.splits else None
     dtype = torch.float64 if given["precision"] == "64-true" else torch.float32
     composed = composition(model, train, given["batch_size"], given["labeled_batch"], seed)
-    example = feed(next(iter(feed.batches(composed.order(0)[:1]))))
+    batch: Any = next(iter(feed.batches(composed.order(0)[:1])))
+    example = feed(batch)
     objective: Objective | None = given["objective"]
     if composed.labeled is not None and not isinstance(objective, SemiSupervised):
         objective = SemiSupervised(0.0, objective=objective)

@@ -127,7 +127,9 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliab
     sure = torch.bincount(number, confidence, minlength=bins)
     some = rows > 0
     return Reliability(
-        *(value[some].numpy() for value in (sure / rows, right / rows)), rows[some].numpy()
+        confidence=(sure / rows)[some].numpy(),
+        accuracy=(right / rows)[some].numpy(),
+        rows=rows[some].numpy(),
     )
 
 

@@ -253,10 +253,11 @@ class _Run:
 
     def sums(self) -> tuple[Tensor | float, Tensor | float]:
         """Over all rows: log p of the observed sites, and log p - log q of the latents."""
-        sides = self.model, self.guide
-        p, q = ({name: heard.log_prob for name, heard in side.items()} for side in sides)
-        nodes = [{name: heard.node for name, heard in side.items()} for side in sides]
-        enumeration = Enumeration(*nodes, p, q)
+        p = {name: heard.log_prob for name, heard in self.model.items()}
+        q = {name: heard.log_prob for name, heard in self.guide.items()}
+        model_nodes = {name: heard.node for name, heard in self.model.items()}
+        guide_nodes = {name: heard.node for name, heard in self.guide.items()}
+        enumeration = Enumeration(model_nodes, guide_nodes, p, q)
         observed: Tensor | float = 0.0
         latent: Tensor | float = 0.0
         for name, heard in self.model.items():

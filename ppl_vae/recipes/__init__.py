@@ -190,7 +190,7 @@ def _fit(
         seed=seed,
         seeds=seeds,
         record=record,
-        **(experiment.fit | chosen),
+        **(experiment.fit | dict(chosen)),
     )
 
 
