@@ -255,6 +255,114 @@ def test_to_keeps_all_but_the_place():
     assert there.split("train").to("cpu").dynamic
 
 
+# Labels that are withheld
+
+
+def labeled_dataset(rows=60, classes=4, seed=0):
+    """Classes of unlike sizes, in no order."""
+    stream = np.random.RandomState(seed)
+    sizes = {"train": rows, "validation": 20, "test": 20}
+    return Dataset(
+        "labeled",
+        {
+            split: {
+                "x": grey(n, number),
+                "y": torch.from_numpy(stream.choice(classes, n, p=[0.4, 0.3, 0.2, 0.1])),
+            }
+            for number, (split, n) in enumerate(sizes.items())
+        },
+        (1, 2, 3),
+        tuple("abcd"),
+        255.0,
+    )
+
+
+@pytest.mark.parametrize("count", [4, 5, 11, 16])
+def test_as_many_labels_of_each_class_are_kept(count):
+    whole = labeled_dataset()
+    data = whole.labeled(count, seed=3)
+    y, was = data.splits["train"]["y"], whole.splits["train"]["y"]
+    rows = data.split("train").labeled
+    assert rows.tolist() == (y >= 0).nonzero().squeeze(1).tolist()
+    assert len(rows) == count
+    assert torch.equal(y[rows], was[rows])
+    others = torch.ones(60, dtype=torch.bool)
+    others[rows] = False
+    assert (y[others] == -1).all()
+    numbers = torch.bincount(y[rows], minlength=4)
+    assert numbers.max() - numbers.min() <= 1
+    assert numbers.min() == count // 4
+    # All else stays.
+    for split in ("validation", "test"):
+        for column in ("x", "y"):
+            assert torch.equal(data.splits[split][column], whole.splits[split][column])
+        assert data.split(split).labeled is None
+    assert torch.equal(data.splits["train"]["x"], whole.splits["train"]["x"])
+    assert (data.unit, data.classes, data.image_shape) == (255.0, tuple("abcd"), (1, 2, 3))
+    assert data.describe()["labeled"] == count
+    assert "labeled" not in whole.describe()
+
+
+def test_the_rows_that_keep_a_label_are_a_function_of_the_seed():
+    whole = labeled_dataset()
+    one, same, other = (whole.labeled(12, seed=s) for s in (0, 0, 1))
+    assert one.fingerprint() == same.fingerprint()
+    assert one.fingerprint()["sha256"] != other.fingerprint()["sha256"]
+    # Which class has the odd one is drawn too, and every row can be.
+    odd, drawn = set(), set()
+    for seed in range(60):
+        rows = whole.labeled(5, seed)
+        y = rows.splits["train"]["y"]
+        odd.add(int(torch.bincount(y[y >= 0], minlength=4).argmax()))
+        drawn |= set(rows.split("train").labeled.tolist())
+    assert odd == {0, 1, 2, 3}
+    assert len(drawn) > 50
+
+
+def test_what_is_withheld_is_gone():
+    """Nothing of it is held: not even by the tensor that was labeled."""
+    whole = labeled_dataset()
+    data = whole.labeled(8)
+    before = data.fingerprint()
+    known = {"x": data.splits["train"]["x"].clone(), "y": data.splits["train"]["y"].clone()}
+    whole.splits["train"]["y"].fill_(3)
+    assert data.fingerprint() == before
+    by_hand = Dataset(
+        "by hand", {**data.splits, "train": known}, data.image_shape, data.classes, data.unit
+    )
+    assert by_hand.fingerprint()["sha256"] == before["sha256"]
+
+
+def test_classes_without_names_are_counted():
+    y = torch.tensor([0, 2, 1, 2, 0, 1])
+    data = Dataset("d", {"train": {"x": torch.ones(6, 2), "y": y}}).labeled(3)
+    kept = data.splits["train"]["y"]
+    assert sorted(kept[kept >= 0].tolist()) == [0, 1, 2]
+    every = Dataset("d", {"train": {"x": torch.ones(6, 2), "y": y}}).labeled(6)
+    assert every.split("train").labeled is None
+    assert torch.equal(every.splits["train"]["y"], y)
+
+
+def test_labels_that_cannot_be_withheld_are_refused():
+    whole = labeled_dataset()
+    with pytest.raises(ValueError, match=r"labeled\(3\): labeled has 4 classes; expected at least"):
+        whole.labeled(3)
+    rare = int((whole.splits["train"]["y"] == 3).sum())
+    count = 4 * (rare + 1)
+    with pytest.raises(ValueError, match=rf"has {rare} training rows of class 3, and {rare + 1} "):
+        whole.labeled(count)
+    with pytest.raises(ValueError, match="labeled has no labels: take the data set as it was"):
+        whole.without_labels().labeled(8)
+    with pytest.raises(ValueError, match="labeled has withheld labels already"):
+        whole.labeled(8).labeled(4)
+
+
+def test_binarized_rows_keep_what_is_known_of_their_labels():
+    data = labeled_dataset().labeled(8)
+    for how in ("static", "dynamic"):
+        assert torch.equal(data.binarized(how).splits["train"]["y"], data.splits["train"]["y"])
+
+
 # Fingerprint
 
 

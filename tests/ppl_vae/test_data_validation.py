@@ -25,6 +25,24 @@ LABELS = torch.tensor([0, 1, 2])
         ({"train": {"x": ONES.to_sparse()}}, {}, TypeError, "to_dense"),
         ({"train": {"x": ONES, "y": LABELS[:2]}}, {}, ValueError, "{'x': 3, 'y': 2}"),
         ({"train": {"x": ONES, "y": LABELS - 2}}, {}, ValueError, "label -2 in row 0"),
+        (
+            {"train": {"x": ONES, "y": LABELS - 2}},
+            {},
+            ValueError,
+            "expected 0 or more, or -1 for a label that is withheld",
+        ),
+        (
+            {"train": {"x": ONES, "y": LABELS}, "test": {"x": ONES, "y": LABELS - 1}},
+            {},
+            ValueError,
+            "test['y'] has label -1 in row 0: expected 0 or more",
+        ),
+        (
+            {"train": {"x": ONES, "y": torch.full((3,), -1)}},
+            {},
+            ValueError,
+            "train['y'] has no label at all: drop the column, with Dataset.without_labels()",
+        ),
         ({"train": {"x": ONES, "y": LABELS * 1.0}}, {}, TypeError, "int64 labels, not torch.float"),
         ({"train": {"x": ONES, "y": LABELS[:, None]}}, {}, ValueError, "vector of labels"),
         (
