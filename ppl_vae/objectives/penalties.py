@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from ppl_vae.distributions import OneHotCategorical
 
@@ -103,12 +102,12 @@ class VirtualAdversarial(Penalty):
         self.radius.fill_(self.epsilon * share)
 
     def of_rows(self, classify: Classify, x: Tensor) -> Tensor:
-        answer = _fixed(classify(x))
+        answer = _log_probabilities(classify(x)).detach()
         with torch.enable_grad():
             step = _unit(torch.randn_like(x)).mul(self.xi).requires_grad_()
-            moved = kl_divergence(answer, classify(x + step)).sum()
+            moved = _kl(answer, _log_probabilities(classify(x + step))).sum()
             (slope,) = torch.autograd.grad(moved, step)
-        return kl_divergence(answer, classify(x + self.radius * _unit(slope)))
+        return _kl(answer, _log_probabilities(classify(x + self.radius * _unit(slope))))
 
     def settings(self) -> dict[str, Any]:
         own = {"epsilon": self.epsilon, "rise": self.rise, "xi": self.xi}
@@ -136,9 +135,9 @@ def _log_probabilities(answer: Any) -> Tensor:
     return answer.logits.log_softmax(-1)
 
 
-def _fixed(answer: Any) -> OneHotCategorical:
-    """The same answer, without gradient."""
-    return OneHotCategorical(logits=answer.logits.detach())
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL of categorical distributions from their log-probabilities ``(rows, K)``: ``(rows,)``."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _unit(vectors: Tensor) -> Tensor:
