@@ -11,8 +11,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from ppl_vae.distributions import OneHotCategorical
-
 Classify = Callable[[Tensor], TorchDistribution]
 
 
