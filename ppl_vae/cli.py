@@ -1,4 +1,4 @@
-"""The command line: ``ppl-vae list | show | fit | evaluate | check | sample``.
+"""The command line: ``ppl-vae list | show | fit | evaluate | check | sample | experiment``.
 
 Options are made from signatures with jsonargparse; a recipe's own arguments join those of
 ``fit``. Nothing here imports torch before a command needs it.

@@ -315,6 +315,72 @@ def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto
     print(run / "figures" / "samples.png")
 
 
+def experiment_command(
+    name: Literal["semi-supervised"],
+    data: Literal["digits", "mnist"] = "digits",
+    models: str | None = None,
+    estimators: str = "enumerate",
+    labels: str | None = None,
+    seeds: int = 3,
+    epochs: int | None = None,
+    samples: int = 100,
+    out: Path | None = None,
+    device: Device = "auto",
+    json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Run an experiment: recipes side by side, with seeds, a table and a plot; or go on with it.
+
+    Args:
+        name: semi-supervised: models of labels, and the same classifier on labeled rows alone.
+        data: of the recipes.
+        models: parted by commas: m2, or names of recipes, or path/to/file.py:function. Default: all
+            semi-supervised recipes of the data.
+        estimators: of the label's gradient, parted by commas: enumerate, score, relaxed,
+            straight-through.
+        labels: how many rows keep theirs, parted by commas. Default: as the recipe says.
+        seeds: how many, from 0 upwards; each has labels of its own.
+        epochs: passes over the training rows. Default: as the recipe says.
+        samples: importance draws a test row.
+        out: folder; what is finished in it is not done again. Default: runs/NAME-DATA.
+        device: where to compute.
+        json: print JSON.
+        quiet: do not say which run it is at.
+    """
+    from ppl_vae.experiments import markdown, semi_supervised
+
+    out = Path("runs") / f"{name}-{data}" if out is None else out
+    try:
+        table = semi_supervised(
+            out,
+            data=data,
+            models=_parted(models),
+            estimators=_parted(estimators) or [],
+            labels=_numbers("labels", labels),
+            seeds=seeds,
+            epochs=epochs,
+            samples=samples,
+            device=device,
+            say=(lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr)),
+        )
+    except KeyboardInterrupt:
+        print("the same command goes on with it", file=sys.stderr)
+        raise KeyboardInterrupt from None
+    print(json_.dumps(table, indent=2) if json else f"{markdown(table)}\n{out}")
+
+
+def _parted(text: str | None) -> list[str] | None:
+    """Words parted by commas."""
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    words = _parted(text)
+    if words is not None and not (words and all(word.isdecimal() for word in words)):
+        raise ValueError(f"--{option} {text}: expected whole numbers, parted by commas")
+    return None if words is None else [int(word) for word in words]
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_command,
     "show": show_command,
@@ -322,4 +388,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate_command,
     "check": check_command,
     "sample": sample_command,
+    "experiment": experiment_command,
 }

@@ -42,9 +42,9 @@ class Evaluation:
         active_units: latents whose posterior mean has a variance over the rows of more than 0.01
             (Burda et al. 2016, arXiv:1509.00519, section 5.2). Where a family has no mean in closed
             form, the image of its base's mean stands in.
-        labels: where labels were withheld from the pair, how well it finds them: by the "classifier"
-            q(y | x), which is the guide's, and by "importance" sampling of p(y | x), which is the
-            model's; None where nothing was to be found.
+        labels: where labels were withheld from the pair, how well it finds them: by the
+            "classifier" q(y | x), which is the guide's, and by "importance" sampling of p(y | x),
+            which is the model's; None where nothing was to be found.
         samples, split, rows, seed: what the figures were computed from.
     """
 
@@ -316,7 +316,9 @@ def _standard_error(values: Tensor) -> float:
 
 
 def finite_or_none(value: Any) -> Any:
-    """A figure, or figures by name, with None for what is not finite, which JSON does not know."""
+    """Figures, in lists or by name, with None for what is not finite, which JSON does not know."""
     if isinstance(value, dict):
         return {name: finite_or_none(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

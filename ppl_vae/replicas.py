@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ppl_vae.calibration import LabelScores
 from ppl_vae.evaluation import Evaluation, evaluate
 from ppl_vae.graphs import Untraceable
 from ppl_vae.loop import TrainingLoop
@@ -171,7 +172,7 @@ class Spread:
 
     @classmethod
     def of(cls, each: list[Evaluation]) -> Spread:
-        return cls(*spread([_figures(one) for one in each]), each=each)
+        return cls(*spread([averaged(one) for one in each]), each=each)
 
 
 def spread(each: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,15 +192,17 @@ def spread(each: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str,
     return means, errors
 
 
-def _figures(one: Evaluation) -> dict[str, Any]:
-    """What is averaged over replicas."""
+def averaged(one: Evaluation) -> dict[str, Any]:
+    """The figures of an evaluation of which a mean over seeds is told."""
     figures: dict[str, Any] = {name: float(getattr(one, name)) for name in _FIGURES}
     if one.labels is not None:
-        figures["labels"] = {
-            source: {name: float(getattr(scores, name)) for name in _OF_LABELS}
-            for source, scores in one.labels.items()
-        }
+        figures["labels"] = {source: averaged_labels(own) for source, own in one.labels.items()}
     return figures
+
+
+def averaged_labels(scores: LabelScores) -> dict[str, float]:
+    """The same of labels."""
+    return {name: float(getattr(scores, name)) for name in _OF_LABELS}
 
 
 def evaluate_replicas(replicas: Sequence[Fitted], **options: Any) -> Spread:

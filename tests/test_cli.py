@@ -58,7 +58,7 @@ def test_help_answers_without_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stderr == "0 False\n"
-    for command in ("list", "show", "fit", "evaluate", "check", "sample"):
+    for command in ("list", "show", "fit", "evaluate", "check", "sample", "experiment"):
         assert f"\n    {command} " in done.stdout
 
 
@@ -152,6 +152,78 @@ def test_seeds_make_replicas_that_are_evaluated_together(
     assert figures["standard_error"]["nll"] == pytest.approx(abs(alone[0] - alone[1]) / 2)
     assert main(["evaluate", str(folder), "--samples", "3"]) == 0
     assert "standard error over 2 seeds" in capsys.readouterr().out
+
+
+def test_labels_that_were_withheld_are_evaluated_and_checked(
+    labeled_recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "replicas"
+    words = ["fit", f"{labeled_recipes}:bits", "--out", str(folder), "--seeds", "2", "--quiet"]
+    assert main(words) == 0
+    each = []
+    for seed in (0, 1):
+        capsys.readouterr()
+        run = str(folder / f"seed-{seed}")
+        assert main(["evaluate", run, "--samples=3", "--json"]) == 0
+        each.append(json.loads(capsys.readouterr().out)["labels"])
+        assert main(["evaluate", run, "--samples=3"]) == 0
+        said = capsys.readouterr().out
+        for source, of in (("classifier", "the classifier q"), ("importance", "importance sam")):
+            scores = each[-1][source]
+            block = said.partition(f"labels, by {of}")[2]
+            assert f"{scores['accuracy']:.4f} +- {scores['accuracy_se']:.4f}\n  log loss" in block
+            for name in ("log_loss", "brier", "calibration_error"):
+                assert f"  {name.replace('_', ' '):<18}{scores[name]:10.4f}\n" in block
+    assert main(["evaluate", str(folder), "--samples=3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    for source in ("classifier", "importance"):
+        one, other = (own[source]["log_loss"] for own in each)
+        mean, error = (figures[k]["labels"][source] for k in ("mean", "standard_error"))
+        assert mean["log_loss"] == pytest.approx((one + other) / 2)
+        assert error["log_loss"] == pytest.approx(abs(one - other) / 2)
+    assert main(["evaluate", str(folder), "--samples=3"]) == 0
+    said = capsys.readouterr().out
+    shown = figures["mean"]["labels"]["importance"]["brier"]
+    error = figures["standard_error"]["labels"]["importance"]["brier"]
+    assert f"{shown:.4f} +- {error:.4f}" in said
+    assert main(["check", str(folder / "seed-0")]) == 0
+    assert "label_calibration: " in capsys.readouterr().out
+    assert (folder / "seed-0" / "report" / "figures" / "label_calibration-pava.png").exists()
+
+
+def test_an_experiment_prints_its_table_and_goes_on(
+    labeled_recipes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ppl_vae import experiments, supervised
+
+    monkeypatch.setattr(supervised, "MOST", 20)
+    out = tmp_path / "out"
+    words = ["experiment", "semi-supervised", "--models", f"{labeled_recipes}:bits", "--seeds=1"]
+    words += ["--labels", "6,9", "--epochs=1", "--samples=3", "--out", str(out)]
+    assert main([*words, "--estimators", "enumerate"]) == 0
+    printed = capsys.readouterr()
+    assert "| bits | enumerate | 9 | 1 |" in printed.out
+    assert "4 of 4: bits-enumerate-9-0" in printed.err
+    assert main([*words, "--estimators", "enumerate", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((out / "table.json").read_text())
+    assert not printed.err
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt(out / "runs")
+
+    monkeypatch.setattr(experiments, "_fit", interrupt)
+    assert main([*words, "--estimators", "enumerate,score", "--quiet"]) == 130
+    said = capsys.readouterr().err
+    assert "the same command goes on with it" in said
+    assert "fit --resume" not in said
+    assert main([*words[:-4], "--labels", "many"]) == 1
+    assert "--labels many: expected whole numbers, parted by commas" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["experiment", "semi"])
 
 
 def test_check_reports_p_values_and_saves_the_draws(

@@ -207,8 +207,7 @@ class UnknownClasses:
 
     def plot(self) -> Figure:
         """The distributions of each score."""
-        pairs = [_scores(rows) for rows in (self.known, self.unknown)]
-        return label_figures.unknown(*pairs, self.auroc)
+        return label_figures.unknown(_scores(self.known), _scores(self.unknown), self.auroc)
 
 
 def unknown_classes(
@@ -239,17 +238,17 @@ def unknown_classes(
     Raises:
         ValueError, PairError: as :func:`label_posterior`.
     """
-    both = [
+    one, other = (
         label_posterior(model, guide, rows, split=split, samples=samples, seed=seed)
         for rows in (known, as_dataset(unknown).without_labels())
-    ]
-    inside, outside = (_scores(rows) for rows in both)
-    is_unknown = np.repeat([0, 1], [len(both[0].log_evidence), len(both[1].log_evidence)])
+    )
+    inside, outside = _scores(one), _scores(other)
+    is_unknown = np.repeat([0, 1], [len(one.log_evidence), len(other.log_evidence)])
     auroc = {
         name: float(roc_auc_score(is_unknown, -np.concatenate([inside[name], outside[name]])))
         for name in inside
     }
-    return UnknownClasses(*both, auroc)
+    return UnknownClasses(one, other, auroc)
 
 
 def _scores(posterior: LabelPosterior) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pyro
@@ -8,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from matplotlib.patches import Rectangle
 from torch import nn
 
 from ppl_vae import evaluate
@@ -231,7 +233,7 @@ def test_check_reports_labels_where_some_are_withheld(tmp_path):
 
     model, guide = clouds()
     data = simulated(model, 60)
-    options = {
+    options: dict[str, Any] = {
         "population_predictive": {"replicates": 300},
         "to_arviz": {"rows": 5, "draws": 4},
     }
@@ -245,9 +247,9 @@ def test_check_reports_labels_where_some_are_withheld(tmp_path):
     }
     assert not plt.get_fignums()
     assert json.loads((tmp_path / "check.json").read_text()) == report.to_json()
-    group = report.idata["label_posterior"]
+    group = report.idata["label_posterior"].to_dataset()
     assert group["classifier"].shape == (60, 3)
-    assert np.array_equal(group["label"].values, data.splits["test"]["y"].numpy())
+    assert np.array_equal(group["label"].to_numpy(), data.splits["test"]["y"].numpy())
     assert report.idata["label_calibration"].sizes["draw"] == 999
     train = data.splits["test"]
     known = as_dataset({"train": train, "test": train})
@@ -265,7 +267,7 @@ def test_figures_hold_what_was_found():
     found = reliability(posterior.classifier, posterior.known())
     assert np.allclose(line.get_xydata(), np.stack([found.confidence, found.accuracy], 1))
     assert line.get_color() == "C3"
-    heights = [patch.get_height() for patch in diagram.axes[2].patches]
+    heights = [cast(Rectangle, patch).get_height() for patch in diagram.axes[2].patches]
     assert heights == found.rows.tolist()
     table = np.zeros((3, 3))
     for text in result.further["confusion"](result).axes[0].texts:
@@ -276,7 +278,7 @@ def test_figures_hold_what_was_found():
         counts[truth, chosen] += 1
     assert np.array_equal(table, counts)
     pava = result.further["pava"](result)
-    lines = [one.get_ydata() for one in pava.axes[0].lines if len(one.get_ydata()) == 200]
+    lines = [y for one in pava.axes[0].lines if len(y := np.asarray(one.get_ydata())) == 200]
     assert lines
     assert (np.diff(lines[0]) >= 0).all()
 
