@@ -229,9 +229,9 @@ figure
 #
 # Relaxed draws come second by the ELBO (-121) and first by the NLL (105), with one draw a digit; in
 # spite of their bias, as it seems, but a bias that is the same in each step can be adapted to, and
-# noise cannot. Straight-through is one or two nats behind. VIMCO and wake-sleep look worse by the ELBO than
-# they are, since it is not what they maximize: by the NLL they are at 108 and 106. Differences of a
-# nat may be another seed's the other way round.
+# noise cannot. Straight-through is one or two nats behind. VIMCO and wake-sleep look worse by the
+# ELBO than they are, since it is not what they maximize: by the NLL they are at 108 and 106.
+# Differences of a nat may be another seed's the other way round.
 #
 # What the best of them by NLL dreams of:
 
@@ -240,8 +240,8 @@ best, _ = fits["relaxed"]
 plots.samples(best.model, best.data.image_shape)
 
 # %% [markdown]
-# The bits are independent of one another before they meet the decoder, and strokes do not always fit
-# together: that is what a second layer is for (`layers=2`).
+# The bits are independent of one another before they meet the decoder, and strokes do not always
+# fit together: that is what a second layer is for (`layers=2`).
 #
 # ## Which one?
 #
@@ -249,8 +249,8 @@ plots.samples(best.model, best.data.image_shape)
 # - For bits or labels whose decoder can be run on something in between, **relaxed**, at some 0.5,
 #   and then look whether a lower temperature is better. What is evaluated is the discrete model, in
 #   any case.
-# - Where draws have to be discrete, or the gradient has to be right: **leave-one-out**, with as many
-#   draws as there is time for; for the tighter bound **VIMCO**, or **reweighted wake-sleep**.
+# - Where draws have to be discrete, or the gradient has to be right: **leave-one-out**, with as
+#   many draws as there is time for; for the tighter bound **VIMCO**, or **reweighted wake-sleep**.
 # - The **score function with a net and a mean** is the cheapest that is unbiased: one draw, one
 #   pass. Never take it without a baseline.
 # - **Straight-through** if a decoder must see bits and the gradient may be wrong.
