@@ -124,13 +124,14 @@ class MutualInformation(Penalty):
     def of_rows(self, classify: Classify, x: Tensor) -> Tensor:
         log_q = _log_probabilities(classify(x))
         entropy = -(log_q.exp() * log_q).sum(-1).mean()
-        mean = log_q.exp().mean(0)
-        return entropy + math.log(len(mean)) + torch.xlogy(mean, mean).sum()
+        # By its logarithm, whose gradient is finite where the mean is 0.
+        log_mean = log_q.logsumexp(0) - math.log(len(log_q))
+        return entropy + math.log(len(log_mean)) + (log_mean.exp() * log_mean).sum()
 
 
 def _log_probabilities(answer: Any) -> Tensor:
-    """``(rows, K)``."""
-    return answer.logits.log_softmax(-1)
+    """``(rows, K)``, finite, so that an impossible class takes no part."""
+    return answer.logits.log_softmax(-1).clamp(min=torch.finfo(answer.logits.dtype).min)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
