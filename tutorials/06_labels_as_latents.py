@@ -195,7 +195,7 @@ figure = Figure(figsize=(7, 2.8), layout="constrained")
 for row, panels in enumerate(figure.subplots(len(shown), 11)):
     images = [x[row], *grid[10 * row : 10 * row + 10]]
     for panel, image in zip(panels, images, strict=True):
-        panel.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=16)
+        panel.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=16)
         panel.set_axis_off()
 figure
 
