@@ -161,7 +161,7 @@ def measure(
     options = made.fit | {"epochs": epochs, "batch_size": BATCH, "patience": None}
     started = time.perf_counter()
     fitted = fit(
-        made.model, made.guide, made.data, seed=SEED, compile=False, progress=False, **options
+        made.model, made.guide, made.data, seed=SEED, progress=False, **options
     )
     found["fit_seconds"] = time.perf_counter() - started
     found["validation_elbo"] = [row.get("validation_elbo") for row in fitted.history]
