@@ -36,20 +36,36 @@ def test_recipe_names_its_source_and_its_figure(name: str) -> None:
         assert f"{parameter.name}: " in said
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_learns_from_some_of_its_rows(name: str) -> None:
-    made = experiment(name)
-    rows = {"train": 200, "validation": 50, "test": 50}
+def some_rows(made: Experiment) -> tuple[Dataset, dict[str, int]]:
+    """250 training rows at most, and how they are fitted: where only some have labels, all those,
+    at most 50."""
+    rows = {"train": torch.arange(200), "validation": torch.arange(50), "test": torch.arange(50)}
     names = {"x", *made.model.covariates}
-    few = {s: {name: made.data.splits[s][name][:n] for name in names} for s, n in rows.items()}
+    options: dict[str, int] = {}
+    known = made.data.split("train").labeled
+    if known is not None and "y" in made.model.observables:
+        others = torch.ones(len(made.data.split("train")), dtype=torch.bool)
+        others[known] = False
+        rows["train"] = torch.cat([known[:50], others.nonzero().squeeze(1)[:200]])
+        names.add("y")
+        options["labeled_batch"] = 25
+    few = {s: {name: made.data.splits[s][name][n] for name in names} for s, n in rows.items()}
     data = Dataset(
         made.data.name,
         few,
         image_shape=made.data.image_shape,
+        classes=made.data.classes if "y" in names else None,
         unit=made.data.unit,
         binarization=made.data.binarization,
     )
-    options = made.fit | {"epochs": 4, "warmup": 0, "batch_size": 50, "progress": False}
+    return data, options
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_learns_from_some_of_its_rows(name: str) -> None:
+    made = experiment(name)
+    data, more = some_rows(made)
+    options = {**made.fit, "epochs": 4, "warmup": 0, "batch_size": 50, "progress": False, **more}
     history = fit(made.model, made.guide, data, **options).history
     assert history[-1]["elbo"] > history[0]["elbo"] + 5
     assert history[-1]["validation_elbo"] > history[0]["validation_elbo"]
