@@ -185,7 +185,7 @@ def evaluate_command(
     device: Device = "auto",
     json: bool = False,
 ) -> None:
-    """Evaluate a run: ELBO, NLL, KL, active units, on every row of a split.
+    """Evaluate a run: ELBO, NLL, KL, active units, withheld labels, on every row of a split.
 
     Args:
         run: folder of the run, or of replicas: then mean and standard error over the seeds.
@@ -259,6 +259,8 @@ def evaluate_command(
 
 def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:
     """Check a run: does data from the fitted model look like held-out data?
+
+    Where labels were withheld, also: are their probabilities right?
 
     Args:
         run: folder of the run; the report goes to its folder ``report``.

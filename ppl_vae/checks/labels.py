@@ -110,7 +110,7 @@ def label_calibration(
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes, with labels ``y``.
         seed: of the draws.
         level: family-wise error rate of the verdict.
-        samples: importance draws a row.
+        samples: importance draws a row; of too few, p(y | x) is noise, and surer than it should be.
         replicates: number of replicated sets of labels.
         bins: of confidence, of equal width.
 
