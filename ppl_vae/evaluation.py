@@ -117,7 +117,7 @@ def evaluate(
     Raises:
         ValueError: ``samples`` or ``memory`` below 1; a site in a plate besides that of the rows;
             more values of enumerated sites than can be tried; ``withheld`` that names no
-            observable, or all of them.
+            observable, or all of them, or leaves labels to be observed that rows lack.
         PairError: model, guide and data do not fit each other.
         FloatingPointError: discrete data with a probability above 1: a diverged guide.
     """
@@ -225,6 +225,11 @@ def score_rows(
         raise ValueError(f"evaluate(samples={samples}, memory={memory}): expected at least 1")
     rows = dataset.split(split)
     hidden = inferred(model, dataset, withheld)
+    if "y" in model.observables and "y" not in hidden and rows.labeled is not None:
+        raise ValueError(
+            f"withheld={withheld}: labels are withheld from rows of {split!r}, where they cannot "
+            "be observed: leave withheld out, or take another split"
+        )
     with evaluating(seed, model, guide):
         probe = observed(model, rows, slice(0, 4), hidden)
         model.covariates_in(probe)  # all are there
@@ -239,7 +244,7 @@ def score_rows(
             guide,
             rows,
             samples=samples,
-            budget=budget(model, guide, probe, samples=samples, memory=memory),
+            budget=budget(model, guide, probe, samples=samples, memory=memory, withheld=hidden),
             compile=compile,
             withheld=hidden,
         )

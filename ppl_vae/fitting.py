@@ -148,8 +148,9 @@ def fit(
 
     Raises:
         ValueError: an argument out of its range; the sentence names it and what was expected. An
-            enumerated site. An objective that weighs draws by importance (Pyro's do so over the
-            whole batch). A run to resume that has other data, seed or settings.
+            objective that weighs draws by importance (Pyro's do so over the whole batch). Several
+            workers, where labels are withheld from some rows; a class none of whose rows has a
+            label. A run to resume that has other data, seed or settings.
         PairError: guide or data do not fit the model.
         NonFiniteLoss: the loss became NaN or infinite; names the site. The last good checkpoint
             is kept.

