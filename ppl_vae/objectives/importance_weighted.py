@@ -27,6 +27,9 @@ class IWAE(RowObjective):
     A log-mean-exp over the draws of each row; K = 1 is the ELBO. Latents' log-ratios are multiplied
     by a warm-up's weight.
 
+    An enumerated site is summed out of each weight, ``sum_y p(x, y, z_y) / q(z_y | x, y)``, in
+    which the guide's probabilities of its values have no part: what gives them learns nothing here.
+
     Args:
         draws: K.
 

@@ -29,6 +29,7 @@ from ppl_vae.objectives import Beta, MutualInformation, SemiSupervised, VirtualA
 from ppl_vae.priors import StandardNormal
 from ppl_vae.run import Run
 from ppl_vae.sites import PairError
+from ppl_vae.svi import NonFiniteLoss
 from ppl_vae.workers import Alone
 
 K, D, TRAIN, KNOWN = 3, 9, 60, 8
@@ -63,11 +64,12 @@ def naive(seed: int = 1) -> tuple[GenerativeModel, Factorized]:
     return Naive(), Factorized(y=(q_y, ["x"]))
 
 
-def m2(seed: int = 1) -> tuple[GenerativeModel, Factorized]:
+def m2(seed: int = 1, **settings: Any) -> tuple[GenerativeModel, Factorized]:
     torch.manual_seed(seed)
     model = M2(StandardNormal(2), Bernoulli(MLP(K + 2, 8, D)), K)
+    head = Labels(nn.Linear(D, K), **({"estimator": "enumerate"} | settings))
     sites: dict[str, Any] = {
-        "y": (Labels(nn.Linear(D, K), estimator="enumerate"), ["x"]),
+        "y": (head, ["x"]),
         "z": (Normal(nn.Linear(D + K, 4)), ["x", "y"]),
     }
     return model, Factorized(**sites)
@@ -167,6 +169,36 @@ def test_few_labels_name_the_classes():
     # By Bayes' rule with the true probabilities 97 of 100 rows are told.
     for scores in found.labels.values():
         assert scores.accuracy > 0.85
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "score"},
+        {"estimator": "score", "baseline": "both"},
+        {"estimator": "relaxed"},
+        {"estimator": "straight-through"},
+    ],
+    ids=lambda s: "-".join(s.values()),
+)
+def test_labels_that_are_drawn_are_learned_too(settings):
+    """Validation sums over them, so that its figures compare with those of a sum in training."""
+    data = digits(120, 12)
+    options = {"objective": SemiSupervised(0.5), "epochs": 10, "learning_rate": 3e-2}
+    drawn = fit(*m2(**settings), data, **(PLAIN | options))
+    summed = fitted(m2, data, **options)
+    gains = [
+        r.history[-1]["validation_elbo"] - r.history[0]["validation_elbo"] for r in (drawn, summed)
+    ]
+    assert gains[0] > 0.5 * gains[1] > 0
+    found = evaluate(drawn.model, drawn.guide, data, samples=10)
+    assert found.labels is not None
+    assert found.labels["classifier"].accuracy > 0.7
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit():
+    with pytest.raises(NonFiniteLoss, match="the loss is"):
+        fitted(naive, digits(), objective=SemiSupervised(0.5), learning_rate=1e307, epochs=4)
 
 
 # How it is run
