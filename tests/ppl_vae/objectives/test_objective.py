@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.model import GenerativeModel
-from ppl_vae.objectives import backward, plain_elbo
+from ppl_vae.objectives import EnumeratedELBO, backward, plain_elbo
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROWS = 4
@@ -48,10 +48,30 @@ def test_plain_elbo_is_closed_form_where_each_kl_is(program, draw, gaussian_stor
     assert chosen(draw("z", GAMMA), draw("z", GAMMA)) is TraceMeanField_ELBO
     assert chosen(draw("z", GAMMA), lognormal) is Trace_ELBO
     assert chosen(coin, coin) is TraceGraph_ELBO
-    assert chosen(enumerated_coin, lambda self, x: None) is TraceEnum_ELBO
-    assert chosen(coin, enumerated_coin) is TraceEnum_ELBO
+    assert chosen(enumerated_coin, lambda self, x: None) is EnumeratedELBO
+    assert chosen(coin, enumerated_coin) is EnumeratedELBO
     assert chosen(lambda self, x: None, lambda self, x: None) is Trace_ELBO
     assert chosen(two_levels("z2", "z1"), two_levels("z2", "z1")) is TraceMeanField_ELBO
+
+
+def test_what_rows_terms_cannot_hold_is_left_to_pyro(program):
+    """A site that is summed over beside one without reparameterization, or for all rows."""
+
+    def two_coins(self, x):
+        enumerated_coin(self, x)
+        pyro.sample("c", dist.Bernoulli(torch.tensor(0.5)))
+
+    x = torch.zeros(ROWS, 2)
+    assert isinstance(plain_elbo(program(two_coins), program(two_coins), x), TraceEnum_ELBO)
+
+    def whole(self):
+        enumerated_coin(self, None)
+
+    def nothing(self, x):
+        pass
+
+    of_all = program(nothing, whole), program(nothing)
+    assert isinstance(plain_elbo(*of_all, x), TraceEnum_ELBO)
 
 
 def test_a_given_label_needs_no_score_function(program):
