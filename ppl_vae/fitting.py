@@ -223,7 +223,9 @@ def fit(
         # What was settled by timing must not be settled another way after an interruption.
         run = loops[0].run
         known = run.record.get("compiled_batches") if run is not None else None
-        compiled = steps.prepare(known if compile == "auto" else None)
+        compiled = known or []
+        if any(loop.running for loop in loops):
+            compiled = steps.prepare(known if compile == "auto" else None)
         for loop in loops:
             if loop.run is not None:
                 loop.run.update(compiled_batches=compiled)

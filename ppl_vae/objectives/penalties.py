@@ -71,7 +71,8 @@ class VirtualAdversarial(Penalty):
     Args:
         epsilon: radius of the neighborhood, Euclidean, in the unit of x.
         weight: of the penalty.
-        rise: the radius rises in a straight line to epsilon over so many epochs.
+        rise: the radius rises in a straight line to epsilon over so many epochs,
+        start: from this one.
         xi: length of the step by which the direction is found, in the unit of x.
 
     Raises:
@@ -81,15 +82,22 @@ class VirtualAdversarial(Penalty):
     radius: Tensor
 
     def __init__(
-        self, epsilon: float, weight: float = 1.0, *, rise: float = 0.0, xi: float = 0.1
+        self,
+        epsilon: float,
+        weight: float = 1.0,
+        *,
+        rise: float = 0.0,
+        start: float = 0.0,
+        xi: float = 0.1,
     ) -> None:
         super().__init__(weight)
-        if not (epsilon > 0 and xi > 0 and rise >= 0):
+        if not (epsilon >= start >= 0 and epsilon > 0 and xi > 0 and rise >= 0):
             raise ValueError(
-                f"VirtualAdversarial(epsilon={epsilon}, rise={rise}, xi={xi}): expected a positive "
-                "radius and step, and epochs of at least 0"
+                f"VirtualAdversarial(epsilon={epsilon}, rise={rise}, start={start}, xi={xi}): "
+                "expected a positive radius and step, a start from 0 to epsilon, and epochs of at "
+                "least 0"
             )
-        self.epsilon, self.rise, self.xi = epsilon, rise, xi
+        self.epsilon, self.rise, self.start, self.xi = epsilon, rise, start, xi
         self.ends = rise
         # In a tensor, which a recorded step follows.
         self.register_buffer("radius", torch.zeros(()))
@@ -97,7 +105,7 @@ class VirtualAdversarial(Penalty):
 
     def at(self, epoch: float) -> None:
         share = min(1.0, epoch / self.rise) if self.rise > 0 else 1.0
-        self.radius.fill_(self.epsilon * share)
+        self.radius.fill_(self.start + (self.epsilon - self.start) * share)
 
     def of_rows(self, classify: Classify, x: Tensor) -> Tensor:
         answer = _log_probabilities(classify(x)).detach()
@@ -108,8 +116,12 @@ class VirtualAdversarial(Penalty):
         return _kl(answer, _log_probabilities(classify(x + self.radius * _unit(slope))))
 
     def settings(self) -> dict[str, Any]:
-        own = {"epsilon": self.epsilon, "rise": self.rise, "xi": self.xi}
-        return own | super().settings()
+        return {
+            "epsilon": self.epsilon,
+            "rise": self.rise,
+            "start": self.start,
+            "xi": self.xi,
+        } | super().settings()
 
 
 class MutualInformation(Penalty):

@@ -41,7 +41,8 @@ class Experiment:
     Attributes:
         before: what is fitted first, in the run's folder ``before``: a pair that shares parts with
             this one.
-        begin: is called between the two, to take over what was learned.
+        begin: is called between the two, to take over what was learned; data that it returns stand
+            in for ``data`` in the fit.
     """
 
     model: GenerativeModel
@@ -49,7 +50,7 @@ class Experiment:
     data: Dataset
     fit: dict[str, Any] = field(default_factory=dict)
     before: Experiment | None = None
-    begin: Callable[[], None] | None = None
+    begin: Callable[[], Dataset | None] | None = None
 
 
 Recipe = Callable[..., Experiment]
@@ -179,13 +180,18 @@ def _fit(
             seeds=seeds,
             record={},  # no recipe makes it by itself
         )
+    data = experiment.data
     for one in built:
-        if one.begin is not None:
-            one.begin()
+        made = None if one.begin is None else one.begin()
+        if made is not None and len(built) > 1:
+            raise ValueError(
+                "a stage of this recipe makes data of its own for each seed: fit seeds one by one"
+            )
+        data = made or data
     return fit(
         experiment.model if seeds is None else [one.model for one in built],
         experiment.guide if seeds is None else [one.guide for one in built],
-        experiment.data,
+        data,
         out=out,
         seed=seed,
         seeds=seeds,
