@@ -17,6 +17,8 @@ from ppl_vae.recipes import build, load, resume, run_recipe
 from ppl_vae.run import Run
 
 RECIPE = '''
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -57,6 +59,21 @@ def stacked(*, hidden: int = 8) -> Experiment:
 
     fit = {"epochs": 1, "batch_size": 400, "labeled_batch": 20, "objective": SemiSupervised(1.0)}
     return Experiment(model, guide, data.labeled(40), fit, first, begin)
+
+
+def on_features() -> Experiment:
+    """A VAE of the means of another one's latent."""
+    first = stacked().before
+    q, data = first.guide.conditionals["z"], first.data
+
+    def begin():
+        with torch.no_grad():
+            splits = {k: {"x": q(c["x"].float()).mean} for k, c in data.splits.items()}
+        return dataclasses.replace(data, splits=splits, image_shape=None)
+
+    model = VAE(StandardNormal(2), Normal(MLP(2, 4, 2 * 3)))
+    guide = Factorized(z=(Normal(MLP(3, 4, 2 * 2)), ["x"]))
+    return Experiment(model, guide, data, {"epochs": 1, "batch_size": 400}, first, begin)
 '''
 
 OPTIONS: dict[str, Any] = {"progress": False, "compile": False, "checkpoint_seconds": 1e9}
@@ -197,3 +214,14 @@ def test_nothing_is_kept_without_a_folder(recipe: str) -> None:
     fitted = run_recipe(recipe, **OPTIONS)
     assert fitted.run is None
     assert all(not p.requires_grad for n, p in fitted.guide.named_parameters() if "z1" in n)
+
+
+def test_a_stage_can_be_fitted_to_what_the_one_before_makes_of_the_data(
+    recipe: str, tmp_path: Path
+) -> None:
+    features = recipe.replace(":stacked", ":on_features")
+    fitted = run_recipe(features, out=tmp_path / "run", **OPTIONS)
+    assert fitted.data.split("train").batch(slice(0, 2))["x"].shape == (2, 3)
+    assert Run.open(tmp_path / "run").record["data"]["columns"]["x"]["shape"] == [3]
+    with pytest.raises(ValueError, match="makes data of its own for each seed"):
+        run_recipe(features, seeds=2, **OPTIONS)
