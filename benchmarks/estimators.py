@@ -160,9 +160,7 @@ def measure(
     made = build(recipe, arguments, SEED)
     options = made.fit | {"epochs": epochs, "batch_size": BATCH, "patience": None}
     started = time.perf_counter()
-    fitted = fit(
-        made.model, made.guide, made.data, seed=SEED, progress=False, **options
-    )
+    fitted = fit(made.model, made.guide, made.data, seed=SEED, progress=False, **options)
     found["fit_seconds"] = time.perf_counter() - started
     found["validation_elbo"] = [row.get("validation_elbo") for row in fitted.history]
     test = made.data.split("test")

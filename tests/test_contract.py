@@ -254,7 +254,9 @@ def test_observables_are_sites_and_simulate_draws_them(name: str) -> None:
         assert tuple(draws[site_name].shape) == expected
         assert site.support.check(draws[site_name]).all()
     for x in model.observables:
-        observed = [s.name for s in read_sites(model, **given, **{x: draws[x]}).values() if s.observed]
+        observed = [
+            s.name for s in read_sites(model, **given, **{x: draws[x]}).values() if s.observed
+        ]
         assert observed == [x]
 
 
