@@ -37,8 +37,8 @@ class ADGM(_WithAuxiliary):
         x_n ~ likelihood(y_n, z_n)              # image       data | D
         a_n ~ auxiliary(x_n, y_n, z_n)          # auxiliary   data | A
 
-    The story of image and label is that of M2; a guide ``q(a | x) q(y | a, x) q(z | y, x)`` is, with
-    a summed out, of a richer family.
+    The story of image and label is that of M2; a guide ``q(a | x) q(y | a, x) q(z | y, x)`` is,
+    with a summed out, of a richer family.
 
     Arguments and errors: as :class:`SDGM`.
     """

@@ -24,9 +24,9 @@ class M1M2(LabeledModel):
         z1_n ~ features(y_n, z2_n)          # features   data | F
         x_n  ~ likelihood(z1_n)             # image      data | D
 
-    The paper fits M1 first, its prior a standard normal, then M2 on draws of q(z1 | x). Here that is
-    to fit a :class:`~ppl_vae.models.vae.VAE`, and then this with the same likelihood and the same
-    q(z1 | x), both fixed, or not.
+    The paper fits M1 first, its prior a standard normal, then M2 on draws of q(z1 | x). Here that
+    is to fit a :class:`~ppl_vae.models.vae.VAE`, and then this with the same likelihood and the
+    same q(z1 | x), both fixed, or not.
 
     Args:
         prior: of the style: conditional without context, event ``(Z,)``.

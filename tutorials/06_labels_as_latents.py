@@ -124,8 +124,8 @@ for name, objective in recipes.items():
 # decoder of ten continuous latents has little need of a class.
 #
 # The two penalties ask something of the classifier at images without labels: not to change its
-# answer near by (`VirtualAdversarial`), and to commit itself (`MutualInformation`). They are no part
-# of the model, so the table has the NLL too.
+# answer near by (`VirtualAdversarial`), and to commit itself (`MutualInformation`). They are no
+# part of the model, so the table has the NLL too.
 #
 # ## From all labels to none
 #
@@ -204,11 +204,12 @@ figure
 #
 # ## Two label posteriors
 #
-# $q(y \mid x)$ is the guide's: it was trained to be right. $p(y \mid x)$ is the model's, and follows
-# from the story by Bayes' rule; `evaluate` computes it by importance sampling over $z$. Where they
-# agree, the story explains why the classifier is right. Where the model is worse, as here, its
-# decoder has learned to draw a three under other labels too: the classifier has outgrown the story
-# that it is part of. A label posterior of a model that is to be *believed* needs both.
+# $q(y \mid x)$ is the guide's: it was trained to be right. $p(y \mid x)$ is the model's, and
+# follows from the story by Bayes' rule; `evaluate` computes it by importance sampling over $z$.
+# Where they agree, the story explains why the classifier is right. Where the model is worse, as
+# here, its decoder has learned to draw a three under other labels too: the classifier has
+# outgrown the story that it is part of. A label posterior of a model that is to be *believed*
+# needs both.
 
 # %%
 data = digits.labeled(50)

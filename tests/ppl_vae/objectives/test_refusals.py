@@ -135,7 +135,7 @@ def test_programs_without_terms_of_rows_are_refused(case, objective):
 @pytest.mark.parametrize("side", ["model", "guide"])
 def test_path_derivatives_have_none_through_an_enumerated_site(side, objective):
     programs = (enumerated, nothing) if side == "model" else (coin, enumerated)
-    with pytest.raises(PairError, match="'z' is enumerated: .* draws every latent"):
+    with pytest.raises(PairError, match=r"'z' is enumerated: .* draws every latent"):
         objective.loss_and_grads(*programs, torch.randn(3, 2))
 
 
