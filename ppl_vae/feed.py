@@ -32,12 +32,16 @@ class _Rows:
         dtype: torch.dtype,
         labeled: int | None = None,
     ) -> None:
-        self._model, self._rows = model, rows
+        self._model, self._rows = model, self._placed(rows, device)
         self._device, self._dtype = device, dtype
         self._labeled, known = labeled, rows.labeled
         self._sizes = {"total": len(rows)}
         if labeled is not None and known is not None:
             self._sizes["labeled"] = len(known)
+
+    def _placed(self, rows: Rows, device: torch.device) -> Rows:
+        """The rows, where they are to lie."""
+        return rows
 
     def _arguments(self, batch: dict[str, Tensor]) -> Feed:
         columns = self._model.observed(batch)
@@ -49,15 +53,8 @@ class _Rows:
 class Resident(_Rows):
     """Rows that lie on the device: a batch is their numbers, gathered and binarized in the step."""
 
-    def __init__(
-        self,
-        model: GenerativeModel,
-        rows: Rows,
-        device: torch.device,
-        dtype: torch.dtype,
-        labeled: int | None = None,
-    ) -> None:
-        super().__init__(model, rows.to(device), device, dtype, labeled)
+    def _placed(self, rows: Rows, device: torch.device) -> Rows:
+        return rows.to(device)
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a step takes, for each batch's row numbers."""
@@ -80,15 +77,9 @@ class Streamed(_Rows):
     stream of their own, and become floats, or bits, in the step.
     """
 
-    def __init__(
-        self,
-        model: GenerativeModel,
-        rows: Rows,
-        device: torch.device,
-        dtype: torch.dtype,
-        labeled: int | None = None,
-    ) -> None:
-        super().__init__(model, rows, device, dtype, labeled)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        device = self._device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, numbers: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
