@@ -167,9 +167,10 @@ def _fit(
 ) -> Fitted:
     """Fit an experiment, or one for each seed, after what comes before it."""
     experiment = built[0]
-    if experiment.before is not None:
-        folder = None if out is None else Path(out) / "before"
-        begun = folder is not None and run_folders(folder)[0].joinpath("run.json").exists()
+    folder = None if out is None else Path(out) / "before"
+    begun = folder is not None and run_folders(folder)[0].joinpath("run.json").exists()
+    # A run that goes on has what came before in its own checkpoint.
+    if experiment.before is not None and (begun or not chosen.get("resume")):
         shared = {option: chosen[option] for option in _OF_ALL_STAGES if option in chosen}
         stages = [one.before for one in built if one.before is not None]
         _fit(

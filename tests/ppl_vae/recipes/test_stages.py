@@ -129,7 +129,7 @@ def test_both_are_fitted_and_the_second_begins_where_the_first_ends(
     assert all(not p.requires_grad and p.grad is None for p in fixed)
 
 
-def test_it_is_loaded_without_the_stage_before(
+def test_it_is_loaded_and_gone_on_with_without_the_stage_before(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -138,6 +138,8 @@ def test_it_is_loaded_without_the_stage_before(
         file.rmdir() if file.is_dir() else file.unlink()
     (out / "before").rmdir()
     assert_same(held(load(out)), held(fitted))
+    assert_same(held(resume(out, progress=False, compile=False)), held(fitted))
+    assert not (out / "before").exists()
 
 
 @pytest.fixture
