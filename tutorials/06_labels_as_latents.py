@@ -169,9 +169,9 @@ axes.legend(frameon=False)
 figure
 
 # %% [markdown]
-# With a thousand labels the other hundred images add nothing, and the penalties are in the way.
-# With ten, one of each digit, they are nearly all there is: what the penalties find are clusters,
-# and a single label names each of them, rightly or not.
+# With a thousand labels the other hundred images add nothing. With ten, one of each digit, they are
+# nearly all there is: what the penalties find are clusters, and a single label names each of them,
+# rightly or not.
 #
 # ## What is left when the label is taken out
 #
