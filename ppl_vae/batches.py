@@ -89,7 +89,7 @@ def composition(
             those are fewer.
 
     Raises:
-        ValueError: labels that the model has no class for, a class none of whose rows has a label;
+        ValueError: a class none of whose rows has a label;
             ``labeled`` where no labels are withheld, or as many as a batch has rows.
     """
     known = rows.labeled if "y" in model.observables else None

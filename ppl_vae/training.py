@@ -41,7 +41,8 @@ class Training:
 
     Attributes:
         state: what the objective itself learns, or changes over training; None: nothing.
-        totals: sums over all rows run so far of reconstruction, KL, and 1: ``(3,)``.
+        totals: sums over all rows run so far of reconstruction, KL, and 1: ``(3,)``; rows with and
+            without labels by what they stand for.
     """
 
     def __init__(

@@ -86,13 +86,12 @@ class SemiSupervised(Evolving):
     def choose(
         self, model: Callable[..., Any], guide: Callable[..., Any], **columns: Any
     ) -> Objective:
-        """The objective of rows of one kind, chosen once for each: by an example of them."""
-        kind = self.label in columns
-        if kind not in self._bounds:
-            own = {name: value for name, value in columns.items() if name != "labeled"}
-            with beside():
-                self._bounds[kind] = self.objective or plain_elbo(model, guide, **own)
-        return self._bounds[kind]
+        """Choose the objective of rows of one kind by an example of them; anew for each pair."""
+        own = {name: value for name, value in columns.items() if name != "labeled"}
+        with beside():
+            bound = self.objective or plain_elbo(model, guide, **own)
+        self._bounds[self.label in columns] = bound
+        return bound
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -126,7 +125,7 @@ class SemiSupervised(Evolving):
             )
         loss: Any = 0.0
         for columns, share in strata(kwargs):
-            bound = self.choose(model, guide, **columns)
+            bound = self._bounds.get(self.label in columns) or self.choose(model, guide, **columns)
             labeled = columns.pop("labeled", None)
             programs = (model, guide)
             if share != 1.0:

@@ -196,6 +196,17 @@ def test_labels_that_are_drawn_are_learned_too(settings):
     assert found.labels["classifier"].accuracy > 0.7
 
 
+def test_an_objective_serves_another_pair_by_the_estimator_that_fits_it():
+    def drawn(seed):
+        return m2(seed, estimator="score", baseline="average")
+
+    data, used = digits(), SemiSupervised(1.0)
+    fitted(m2, data, objective=used)
+    assert_same_bits(
+        fitted(drawn, data, objective=used), fitted(drawn, data, objective=SemiSupervised(1.0))
+    )
+
+
 def test_a_loss_that_is_not_finite_stops_the_fit():
     with pytest.raises(NonFiniteLoss, match="the loss is"):
         fitted(naive, digits(), objective=SemiSupervised(0.5), learning_rate=1e307, epochs=4)
