@@ -272,7 +272,7 @@ def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool 
     from ppl_vae.recipes import load
 
     fitted = load(run, device=device)
-    report = check(fitted.model, fitted.guide, fitted.data, seed=seed)
+    report = check(fitted.model, fitted.guide, fitted.data, seed=seed, progress=not json)
     report.save(run / "report")
     if json:
         print(json_.dumps(report.to_json(), indent=2))

@@ -1,15 +1,22 @@
-"""How a training shows itself: a bar on a terminal, a line now and then elsewhere."""
+"""How trainings and checks show themselves: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Show(Protocol):
@@ -85,3 +92,38 @@ def summary(row: Mapping[str, float]) -> str:
     if "validation_elbo" in row:
         parts += f", validation ELBO {row['validation_elbo']:.2f}"
     return parts
+
+
+@contextmanager
+def checking_progress(
+    checks: int, *, enabled: bool
+) -> Iterator[Callable[[str], Callable[[float], None]]]:
+    """Gives a function that shows that a check starts; what it returns is told how far it is."""
+    console = Console(file=sys.stderr)
+    if not enabled:
+        yield lambda name: lambda done: None
+    elif not console.is_terminal:
+
+        def line(name: str) -> Callable[[float], None]:
+            print(f"checking {name}", file=sys.stderr)
+            return lambda done: None
+
+        yield line
+    else:
+        with Progress(
+            TextColumn("checking"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+        ) as bar:
+            task, begun = bar.add_task("", total=checks), -1
+
+            def start(name: str) -> Callable[[float], None]:
+                nonlocal begun
+                begun += 1
+                number = begun
+                bar.update(task, completed=number, description=name)
+                return lambda done: bar.update(task, completed=number + done)
+
+            yield start

@@ -1,7 +1,7 @@
 """Checks of a fitted model: each says what it found, and how often it is wrong.
 
-A check is a function ``(model, guide, data, *, split, seed, level, ...) -> CheckResult`` in a
-file of its own, listed in ``CHECKS``.
+A check is a function ``(model, guide, data, *, split, seed, level, progress, ...) -> CheckResult``
+in a file of its own, listed in ``CHECKS``; the first line of its docstring says what it looks for.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ import torch
 from xarray import DataTree
 
 from ppl_vae.arviz import to_arviz, versions
-from ppl_vae.checks.labels import (
-    label_calibration,
-    label_posterior,
-    labels_are_inferred,
-    unknown_classes,
-)
+from ppl_vae.checks.labels import label_calibration, label_posterior, unknown_classes
 from ppl_vae.checks.predictive import population_predictive
-from ppl_vae.checks.result import CheckResult, Report
-from ppl_vae.data import Dataset, as_dataset
+from ppl_vae.checks.report import Report
+from ppl_vae.checks.result import CheckResult, NotApplicable, Picture
+from ppl_vae.checks.support import support
+from ppl_vae.data import as_dataset
 from ppl_vae.model import GenerativeModel
+from ppl_vae.progress import checking_progress
 
 __all__ = [
     "CHECKS",
     "CheckResult",
+    "NotApplicable",
+    "Picture",
     "Report",
     "check",
     "label_calibration",
     "label_posterior",
     "population_predictive",
+    "support",
     "unknown_classes",
 ]
 
 CHECKS: Mapping[str, Callable[..., CheckResult]] = {
+    "support": support,
     "population_predictive": population_predictive,
     "label_calibration": label_calibration,
 }
-"""The checks there are, by name."""
+"""The checks there are, by name, in the order in which they run."""
 
-_WHERE: Mapping[str, Callable[[GenerativeModel, Dataset], bool]] = {
-    "label_calibration": labels_are_inferred
-}
-"""Where a check applies that does not apply everywhere."""
+EXACT = frozenset({"support"})
+"""Those whose verdict no chance enters, so that they need no share of the error rate."""
 
 
 def check(
@@ -58,48 +58,77 @@ def check(
     level: float = 0.05,
     only: Iterable[str] | None = None,
     out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
     **options: Mapping[str, Any],
 ) -> Report:
     """Runs the checks on a fitted pair.
 
-    Leaves torch's random state as it was; one seed gives one report.
+    The report as a whole fails a pair without a fault with probability ``level`` at most: each of
+    its m checks that chance enters has the error rate ``level / m``. Where the model cannot have
+    emitted the data (:func:`support`), nothing else is checked. Leaves torch's random state as it
+    was; one seed gives one report.
 
     Args:
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes.
         split: the rows to check against; they should be held out.
-        level: error rate of each check.
-        only: names of the checks to run, in this order; all of them that apply if None: that of
-            labels where the data withhold labels.
+        level: error rate of the report.
+        only: names of the checks to run, in this order; all of them if None. Those that do not
+            apply to this model, guide or data are left out, with the reason in
+            ``Report.skipped``.
         out: a folder to save the report in (:meth:`Report.save`).
+        progress: whether to show on standard error which check is at work.
         options: a check's name = its further arguments, such as
             ``population_predictive={"replicates": 1000}``; ``to_arviz={"rows": 50}`` for the
             draws in ``Report.idata``.
 
     Raises:
         ValueError: an unknown check, and whatever the checks refuse.
-        PairError: guide or data do not fit the model.
+        PairError: the guide does not fit the model.
     """
     dataset = as_dataset(data)
-    applying = (n for n in CHECKS if n not in _WHERE or _WHERE[n](model, dataset))
-    names = list(applying if only is None else only)
+    names = list(CHECKS if only is None else only)
     if unknown := [n for n in [*names, *options] if n not in CHECKS and n != "to_arviz"]:
         raise ValueError(f"there is no check {unknown[0]!r}, only {', '.join(CHECKS)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    own = level / max(1, len(set(names) - EXACT))
     common = {"split": split, "seed": seed}
-    results = tuple(
-        CHECKS[name](model, guide, dataset, level=level, **common, **options.get(name, {}))
-        for name in names
-    )
-    draws = to_arviz(model, guide, dataset, **common, **options.get("to_arviz", {}))
-    groups = draws.to_dict()
+    results: list[CheckResult] = []
+    skipped: dict[str, str] = {}
+    foreign = False  # data that the model cannot have emitted
+    with checking_progress(len(names), enabled=progress) as started:
+        for name in names:
+            if foreign:
+                skipped[name] = "the model cannot have emitted the data: see support"
+                continue
+            show = started(name)
+            try:
+                result = CHECKS[name](
+                    model,
+                    guide,
+                    dataset,
+                    **({"level": own, "progress": show} | common | dict(options.get(name, {}))),
+                )
+            except NotApplicable as reason:
+                skipped[name] = str(reason)
+                continue
+            results.append(result)
+            foreign = name == "support" and not result.passed
+    groups: dict[str, Any] = {}
+    if not foreign:
+        draws = to_arviz(model, guide, dataset, **common, **options.get("to_arviz", {}))
+        groups |= draws.to_dict()
     for result in results:
         groups |= {f"/{name}": group for name, group in result.groups.items()}
     report = Report(
-        results=results,
+        results=tuple(results),
+        skipped=skipped,
         idata=DataTree.from_dict(groups),
         settings={
             "model": type(model).__name__,
             "guide": type(guide).__name__,
             "data": dataset.name,
+            "level": level,
             **common,
             "versions": versions(),
         },

@@ -17,9 +17,8 @@ from xarray import Dataset
 
 from ppl_vae.calibration import LabelPosterior, calibrated_accuracy, reliability
 from ppl_vae.checks import label_figures
-from ppl_vae.checks.result import CheckResult
+from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
 from ppl_vae.checks.statistics import holm
-from ppl_vae.data import Dataset as Data
 from ppl_vae.data import as_dataset
 from ppl_vae.evaluation import inferred, score_rows
 from ppl_vae.model import GenerativeModel
@@ -73,11 +72,6 @@ def label_posterior(
     return found
 
 
-def labels_are_inferred(model: GenerativeModel, data: Data) -> bool:
-    """Whether some training rows have their labels withheld, and the model infers those."""
-    return bool(inferred(model, data, None))
-
-
 def label_calibration(
     model: GenerativeModel,
     guide: torch.nn.Module,
@@ -86,6 +80,7 @@ def label_calibration(
     split: str = "test",
     seed: int = 0,
     level: float = 0.05,
+    progress: Progress = silent,
     samples: int = 100,
     replicates: int = 999,
     bins: int = 15,
@@ -107,14 +102,17 @@ def label_calibration(
     replicates, p, p adjusted by Holm, and the verdict.
 
     Args:
-        data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes, with labels ``y``.
+        data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes, with labels ``y`` that are
+            withheld from some training rows.
         seed: of the draws.
         level: family-wise error rate of the verdict.
+        progress: told the fraction that is done.
         samples: importance draws a row; of too few, p(y | x) is noise, and surer than it should be.
         replicates: number of replicated sets of labels.
         bins: of confidence, of equal width.
 
     Raises:
+        NotApplicable: no label is withheld from a training row, or the model infers none.
         ValueError: no labels to compare with; too few replicates for any p-value to be below
             ``level`` after correction; a level outside (0, 1); and as :func:`label_posterior`.
         PairError: guide or data do not fit the model.
@@ -126,7 +124,11 @@ def label_calibration(
             f"replicates={replicates}: at level {level:g} even the worst model would pass; "
             f"expected at least {needed}"
         )
-    posterior = label_posterior(model, guide, data, split=split, samples=samples, seed=seed)
+    dataset = as_dataset(data)
+    if not inferred(model, dataset, None):
+        raise NotApplicable("no label that the model infers is withheld from a training row")
+    posterior = label_posterior(model, guide, dataset, split=split, samples=samples, seed=seed)
+    progress(0.9)
     labels = posterior.known()
     records, drawn = calibration_test(
         posterior, level=level, replicates=replicates, bins=bins, seed=seed
@@ -136,6 +138,7 @@ def label_calibration(
         name="label_calibration",
         verdict="fail" if failed else "pass",
         error_rate=level,
+        p=min(record["p_adjusted"] for record in records),
         statistics=tuple(records),
         meaning=_meaning(failed, records, len(labels), split),
         settings={
@@ -148,10 +151,23 @@ def label_calibration(
             "correction": "Holm",
         },
         groups=_groups(posterior, drawn),
-        draw=partial(label_figures.reliability_diagram, posterior),
-        further={
-            "confusion": partial(label_figures.confusion, posterior),
-            "pava": partial(label_figures.pava, posterior),
+        pictures={
+            "label_calibration": Picture(
+                partial(label_figures.reliability_diagram, posterior),
+                "Accuracy of the labels by the confidence they are given: points above the grey "
+                "bars are under-confident, points below over-confident; with over-confidence, try "
+                "more labels or less weight on classification.",
+            ),
+            "confusion": Picture(
+                partial(label_figures.confusion, posterior),
+                "Which class is taken for which; two classes that are confused both ways want more "
+                "labels of their own.",
+            ),
+            "pava": Picture(
+                partial(label_figures.pava, posterior),
+                "Observed frequency of each class by its probability; a line that leaves the band "
+                "shows where probabilities are too high or too low.",
+            ),
         },
     )
 

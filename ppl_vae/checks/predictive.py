@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from xarray import Dataset, DataTree
 
-from ppl_vae.checks.result import CheckResult
+from ppl_vae.checks.result import CheckResult, Picture, Progress, silent
 from ppl_vae.checks.statistics import STATISTICS, Statistic, compute, holm, p_value
 from ppl_vae.draws import (
     held_out,
@@ -34,6 +34,7 @@ def population_predictive(
     split: str = "test",
     seed: int = 0,
     level: float = 0.05,
+    progress: Progress = silent,
     rows: int = 1000,
     replicates: int = 500,
     statistics: Mapping[str, Statistic] = STATISTICS,
@@ -104,6 +105,7 @@ def population_predictive(
         name="population_predictive",
         verdict="fail" if failed else "pass",
         error_rate=level,
+        p=min(record["p_adjusted"] for record in records),
         statistics=tuple(records),
         meaning=_meaning(failed, records, held, split),
         settings={
@@ -116,8 +118,15 @@ def population_predictive(
             "ties": "conservative",
         },
         groups=_groups(list(statistics), observed, replicated),
-        draw=_figure,
+        pictures={"population_predictive": Picture(_figure, _CAPTION)},
     )
+
+
+_CAPTION = (
+    "Each statistic over data sets from the model, and its value in held-out data: a line in the "
+    "tail is a way in which the model differs; try the prior where totals differ, the likelihood "
+    "where spread or zeros do."
+)
 
 
 def _check_settings(

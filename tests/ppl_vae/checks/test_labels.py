@@ -220,7 +220,7 @@ def test_what_cannot_be_tested_is_refused():
         label_calibration(model, guide, data, replicates=38)
     with pytest.raises(ValueError, match="level=2"):
         label_calibration(model, guide, data, level=2)
-    with pytest.raises(ValueError, match="no labels to compare with"):
+    with pytest.raises(ValueError, match="no label that the model infers is withheld"):
         label_calibration(model, guide, data.without_labels(), samples=1)
     with pytest.raises(ValueError, match="no observable 'label'"):
         label_posterior(model, guide, data, withheld=["label"])
@@ -270,14 +270,14 @@ def test_figures_hold_what_was_found():
     heights = [cast(Rectangle, patch).get_height() for patch in diagram.axes[2].patches]
     assert heights == found.rows.tolist()
     table = np.zeros((3, 3))
-    for text in result.further["confusion"](result).axes[0].texts:
+    for text in result.plot("confusion").axes[0].texts:
         column, row = text.get_position()
         table[int(row), int(column)] = int(text.get_text())
     counts = np.zeros((3, 3))
     for truth, chosen in zip(posterior.known(), posterior.classifier.argmax(1), strict=True):
         counts[truth, chosen] += 1
     assert np.array_equal(table, counts)
-    pava = result.further["pava"](result)
+    pava = result.plot("pava")
     lines = [y for one in pava.axes[0].lines if len(y := np.asarray(one.get_ydata())) == 200]
     assert lines
     assert (np.diff(lines[0]) >= 0).all()
