@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -97,36 +97,89 @@ def mean_figures(
     Log-densities are computed, and summed over a site's entries, in the model's dtype; all sums
     over sites and draws are float64.
     """
-    draws, step = _split(samples, len(rows), budget.block)
-    draws_a_chunk, rows_a_chunk = _split(draws, step, budget.chunk)
-    scorer = _Scorer(model, compile, samples * len(rows) // (draws_a_chunk * rows_a_chunk))
     means = _Means(len(rows), samples)
-    some_rows = observed(model, rows, slice(0, 2), withheld)
-    assignments = Assignments(model, guide, some_rows, withheld)
-    for part in parts(len(rows), step):
-        batch = observed(model, rows, part, withheld)
-        for some in parts(samples, draws):
-            drawn, figures = draw_all(guide, batch, _size(some), assignments)
-            means.add(figures, part, _size(some))
-            for (d, new_d), (r, new_r) in product(
-                _overlapping(_size(some), draws_a_chunk), _overlapping(_size(part), rows_a_chunk)
-            ):
-                columns = {name: column[r] for name, column in batch.items()}
-                own = [_cut(one, d, r) for one in drawn]
-                each: list[Figures] = []
-                for one in own:  # no comprehension: a frame of its own is in a warning's way
-                    each.append(scorer(columns, one, _size(d)))
-                figures = assignments.combine(each, [one.log_q for one in own])
-                at = slice(part.start + r.start + new_r.start, part.start + r.stop)
-                means.add(_cut(figures, new_d, new_r), at, _size(new_d))
+    assignments = Assignments(model, guide, observed(model, rows, slice(0, 2), withheld), withheld)
+    for figures, draws, part in each_figure(
+        model,
+        guide,
+        lambda part: observed(model, rows, part, withheld),
+        len(rows),
+        samples=samples,
+        budget=budget,
+        compile=compile,
+        assignments=assignments,
+    ):
+        means.add(figures, part, _size(draws))
     return means.result()
 
 
+def each_figure(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    columns: Callable[[slice], dict[str, Tensor]],
+    rows: int,
+    *,
+    samples: int,
+    budget: Budget,
+    compile: Compile,
+    assignments: Assignments,
+    given: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[Figures, slice, slice]]:
+    """Figures of all draws and rows, part by part: (figures, which draws, which rows).
+
+    Each part comes in pieces: first what the guide alone says of it, then, in chunks, what the
+    model says (see :func:`draw` and :func:`score`).
+
+    Args:
+        columns: the rows of a slice, as the model takes them.
+        rows: how many there are.
+        given: values of global sites that are not drawn, ``(event)`` each.
+    """
+    draws, step = _split(samples, rows, budget.block)
+    draws_a_chunk, rows_a_chunk = _split(draws, step, budget.chunk)
+    scorer = _Scorer(model, compile, samples * rows // (draws_a_chunk * rows_a_chunk))
+    for part in parts(rows, step):
+        batch = columns(part)
+        for some in parts(samples, draws):
+            drawn, figures = draw_all(guide, batch, _size(some), assignments, given)
+            yield figures, some, part
+            for (d, new_d), (r, new_r) in product(
+                _overlapping(_size(some), draws_a_chunk), _overlapping(_size(part), rows_a_chunk)
+            ):
+                chunk = {name: column[r] for name, column in batch.items()}
+                own = [_cut(one, d, r) for one in drawn]
+                each: list[Figures] = []
+                for one in own:  # no comprehension: a frame of its own is in a warning's way
+                    each.append(scorer(chunk, one, _size(d)))
+                figures = assignments.combine(each, [one.log_q for one in own])
+                yield (
+                    _cut(figures, new_d, new_r),
+                    slice(some.start + d.start + new_d.start, some.start + d.stop),
+                    slice(part.start + r.start + new_r.start, part.start + r.stop),
+                )
+
+
+def log_weight(figures: Figures) -> Tensor | None:
+    """The log importance weight of each draw, among what the model says of it, ``(draws, rows)``:
+    where enumerated sites' values were all tried, that of their sum."""
+    return figures.get(("log weight", ""), figures.get(("elbo", "")))
+
+
 def draw_all(
-    guide: torch.nn.Module, batch: Mapping[str, Tensor], draws: int, assignments: Assignments
+    guide: torch.nn.Module,
+    batch: Mapping[str, Tensor],
+    draws: int,
+    assignments: Assignments,
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Draws], Figures]:
-    """Draw the latents for each combination of enumerated sites' values, which are among them."""
-    pairs = [draw(guide, batch, draws, values) for values in assignments.of_guide()]
+    """Draw the latents for each combination of enumerated sites' values, which are among them.
+
+    Args:
+        given: values of further sites that are not drawn, ``(event)`` each.
+    """
+    pairs = [
+        draw(guide, batch, draws, values | dict(given or {})) for values in assignments.of_guide()
+    ]
     rows = len(next(iter(batch.values())))
     each = [
         drawn._replace(values=drawn.values | _of_all(values, draws, rows))
@@ -293,7 +346,7 @@ def _compiled(function: graphs.Call, inputs: list[Tensor]) -> graphs.Call | None
             f"evaluation runs eagerly, since it cannot be compiled: {error}. Results are the "
             "same; compile=False leaves out the attempt",
             RuntimeWarning,
-            stacklevel=6,  # at the caller of `evaluate`
+            stacklevel=7,  # at the caller of `evaluate`
         )
         return None
 
@@ -308,8 +361,8 @@ class _Means:
     def add(self, figures: Figures, rows: slice, draws: int) -> None:
         """Take in ``draws`` draws of some rows."""
         summed = {key: value for key, value in figures.items() if key[0] == "log weight"}
-        if ("elbo", "") in figures:
-            summed = {("log weight", ""): figures["elbo", ""]} | summed
+        if (weight := log_weight(figures)) is not None:
+            summed["log weight", ""] = weight
         for (_, site), value in summed.items():
             log_sum = self._column(("log evidence", site), value, -math.inf)
             log_sum[rows] = torch.logaddexp(log_sum[rows], value.logsumexp(0))
