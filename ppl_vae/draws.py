@@ -6,7 +6,7 @@ Draws are made together, in a plate of particles to the left of the model's own 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -103,17 +103,21 @@ def posterior_nodes(
     *,
     draws: int,
     temperature: int = 1,
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """The latents' trace nodes given the data, under particles; and how many plates nest in those.
 
     Sites that the model enumerates are drawn from their exact posterior given the others
-    (temperature 1), or set to its mode (temperature 0).
+    (temperature 1), or set to its mode (temperature 0). Latents that are ``fixed`` have the value
+    given here, and no node: global ones, as :func:`shared_values` draws them.
     """
     sites = read_sites(model, **columns)
     nesting = max(len(site.batch_shape) for site in sites.values())
     plate = particles(draws, nesting)
+    fixed = dict(fixed or {})
     with own_parameters(model, guide):
-        guide_trace = poutine.trace(plate(guide)).get_trace(**columns)
+        story, conditioned = (poutine.condition(p, data=fixed) for p in (model, guide))
+        guide_trace = poutine.trace(plate(conditioned)).get_trace(**columns)
         nodes = {
             name: node
             for name, node in sample_nodes(guide_trace)
@@ -126,16 +130,47 @@ def posterior_nodes(
         ]
         if any(sites[name].event_shape for name in enumerated):
             with plate:
-                nodes |= _enumerate(model, nodes, columns, enumerated, temperature)
+                nodes |= _enumerate(story, nodes, columns, enumerated, temperature)
         elif enumerated:
             inferred = infer_discrete(
-                plate(poutine.replay(model, trace=guide_trace)),
+                plate(poutine.replay(story, trace=guide_trace)),
                 first_available_dim=-2 - nesting,
                 temperature=temperature,
             )
             inferred_nodes = dict(sample_nodes(poutine.trace(inferred).get_trace(**columns)))
             nodes |= {name: inferred_nodes[name] for name in enumerated}
     return nodes, nesting
+
+
+def one_draw(
+    model: GenerativeModel, guide: torch.nn.Module, columns: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """One draw of every latent given the data, by site, each shaped as in a plain run."""
+    sites = read_sites(model, **columns)
+    nodes, _ = posterior_nodes(model, guide, columns, draws=1)
+    return {
+        name: node["value"].reshape(sites[name].batch_shape + sites[name].event_shape)
+        for name, node in nodes.items()
+    }
+
+
+def shared_values(
+    model: GenerativeModel, guide: torch.nn.Module, columns: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """One draw of the global latents from the guide given the data, in the shape that they have in
+    a run without particles."""
+    shared = {
+        name: site
+        for name, site in read_sites(model, **columns).items()
+        if not (site.local or site.observed)
+    }
+    if not shared:
+        return {}
+    nodes, _ = posterior_nodes(model, guide, columns, draws=1)
+    return {
+        name: nodes[name]["value"].reshape(site.batch_shape + site.event_shape)
+        for name, site in shared.items()
+    }
 
 
 def model_nodes(
@@ -184,7 +219,7 @@ def laid_out(node: Mapping[str, Any], draws: int, nesting: int) -> tuple[list[st
 
 
 def _enumerate(
-    model: GenerativeModel,
+    model: Callable[..., Any],
     nodes: Mapping[str, dict[str, Any]],
     columns: Mapping[str, Tensor],
     names: list[str],
