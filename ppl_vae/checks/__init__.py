@@ -15,7 +15,9 @@ from xarray import DataTree
 
 from ppl_vae.arviz import to_arviz, versions
 from ppl_vae.checks.labels import label_calibration, label_posterior, unknown_classes
-from ppl_vae.checks.predictive import population_predictive
+from ppl_vae.checks.population_predictive import population_predictive
+from ppl_vae.checks.posterior_predictive import posterior_predictive
+from ppl_vae.checks.prior_predictive import prior_predictive
 from ppl_vae.checks.report import Report
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture
 from ppl_vae.checks.support import support
@@ -33,13 +35,17 @@ __all__ = [
     "label_calibration",
     "label_posterior",
     "population_predictive",
+    "posterior_predictive",
+    "prior_predictive",
     "support",
     "unknown_classes",
 ]
 
 CHECKS: Mapping[str, Callable[..., CheckResult]] = {
     "support": support,
+    "prior_predictive": prior_predictive,
     "population_predictive": population_predictive,
+    "posterior_predictive": posterior_predictive,
     "label_calibration": label_calibration,
 }
 """The checks there are, by name, in the order in which they run."""

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 Statistic = Callable[[Tensor], Tensor | float]
 """A number of a data set ``(rows, D)``, in float64."""
 
+_COLUMNS = 100  # that are compared pair by pair
+_ROWS = 200  # whose nearest neighbors are looked for
+
 
 def zeros(x: Tensor) -> Tensor:
     """Fraction of entries that are exactly 0: sparsity."""
     return (x == 0).double().mean()
+
+
+def whole_numbers(x: Tensor) -> Tensor:
+    """Fraction of entries that are whole numbers: counts are, and draws of a density are not."""
+    return (x == x.round()).double().mean()
 
 
 def neighbor_correlation(x: Tensor) -> Tensor:
@@ -30,17 +42,85 @@ def neighbor_correlation(x: Tensor) -> Tensor:
     return (covariance / product)[product > 0].abs().mean()
 
 
+def pairwise_correlation(x: Tensor) -> Tensor:
+    """Mean absolute correlation, over rows, of every two of at most 100 columns.
+
+    The columns are evenly spaced among those there are; pairs with one that does not vary are left
+    out; nan where none is left.
+    """
+    some = x[:, torch.linspace(0, x.shape[1] - 1, min(_COLUMNS, x.shape[1])).long()]
+    some = some[:, some.std(0) > 0]
+    correlation = torch.corrcoef(some.T) if some.shape[1] > 1 else x.new_empty((0, 0))
+    above = torch.ones_like(correlation, dtype=torch.bool).triu(1)
+    return correlation[above].abs().mean()
+
+
 STATISTICS: Mapping[str, Statistic] = {
     "mean": torch.mean,
     "standard deviation": torch.std,
+    "mean deviation of a column": lambda x: x.std(0).mean(),
     "fraction of zeros": zeros,
+    "fraction of whole numbers": whole_numbers,
+    "smallest entry": torch.min,
+    "largest entry": torch.max,
+}
+"""What is compared of every observable. The fractions have no unit, the others that of x."""
+
+OF_ROWS: Mapping[str, Statistic] = {
     "spread of row totals": lambda x: x.sum(1).std(),
     "smallest row total": lambda x: x.sum(1).min(),
     "largest row total": lambda x: x.sum(1).max(),
     "neighbor correlation": neighbor_correlation,
+    "pairwise correlation": pairwise_correlation,
 }
-"""What is compared by default. Totals are sums over a row; the fraction and the correlation have
-no unit, the others that of x."""
+"""What is compared too where a row has several entries. Totals are sums over a row, in the unit of
+x; correlations have none."""
+
+
+def frequencies(classes: int) -> dict[str, Statistic]:
+    """The share of the rows that each class of one-hot labels has."""
+
+    def of(k: int) -> Statistic:
+        return lambda x: x[:, k].mean()
+
+    return {f"frequency of class {k}": of(k) for k in range(classes)}
+
+
+def distance_to(train: Tensor) -> Statistic:
+    """Mean Euclidean distance of a data set's first 200 rows from their nearest of ``train``.
+
+    A model that has learned its training rows by heart emits rows too close to them.
+
+    Args:
+        train: ``(rows, D)``.
+    """
+    train = train.reshape(len(train), -1).double()
+    return lambda x: torch.cdist(x[:_ROWS], train.to(x)).amin(1).mean()
+
+
+def told_apart(real: Tensor, simulated: Tensor, seed: int) -> Statistic:
+    """Mean log-odds that a classifier gives a data set's rows of being real.
+
+    The classifier, a net with one hidden layer, learns to tell real rows from simulated ones; what
+    it then says of other rows is a statistic like any other, chosen to find what differs (compare
+    Lopez-Paz & Oquab 2017, arXiv:1610.06545).
+
+    Args:
+        real, simulated: ``(rows, D)``; none of the rows that are compared may be among them.
+        seed: of the classifier.
+    """
+    x = np.concatenate([rows.reshape(len(rows), -1).cpu().numpy() for rows in (real, simulated)])
+    y = np.repeat([1, 0], [len(real), len(simulated)])
+    net = MLPClassifier(
+        (64,), learning_rate_init=0.01, early_stopping=True, max_iter=50, random_state=seed
+    )
+    classifier: Any = make_pipeline(StandardScaler(), net).fit(x, y)
+
+    def log_odds(x: Tensor) -> float:
+        p = classifier.predict_proba(x.cpu().numpy())[:, 1].clip(1e-6, 1 - 1e-6)
+        return float(np.log(p / (1 - p)).mean())
+
+    return log_odds
 
 
 def compute(statistics: Mapping[str, Statistic], x: Tensor, where: str) -> list[float]:
@@ -74,6 +154,33 @@ def p_value(observed: float, replicated: np.ndarray) -> tuple[float, float]:
     high = (1 + int((replicated >= observed).sum())) / (n + 1)
     one_sided = min(low, high)
     return min(1.0, 2 * one_sided), 2 * math.sqrt(one_sided * (1 - one_sided) / n)
+
+
+def max_adjusted(observed: np.ndarray, replicated: np.ndarray) -> np.ndarray:
+    """p-values of several statistics together, by the law of the largest deviation among them.
+
+    A statistic's deviation is its distance from the mean in standard deviations, both over the data
+    and all replicates alike; its p-value is the share of replicates in which *any* statistic
+    deviates as much, ``(1 + count) / (1 + R)`` (Westfall & Young 1993, "Resampling-based multiple
+    testing", single-step maxT). It is exact where the data are exchangeable with the replicates,
+    however the statistics depend on each other; and it can be as small as ``1 / (1 + R)``, however
+    many they are.
+
+    Args:
+        observed: ``(K,)``.
+        replicated: ``(R, K)``.
+
+    Returns:
+        ``(K,)``; a statistic that never varies has 1.
+    """
+    every = np.concatenate([observed[None], replicated])
+    scale = every.std(0)
+    varies = scale > 1e-12 * np.abs(every).max(0, initial=0.0)
+    deviation = np.abs(every - every.mean(0)) / np.where(varies, scale, 1.0) * varies
+    largest = deviation[1:].max(1)
+    # Rounding must not part what is equal.
+    as_large = largest[:, None] >= deviation[0] * (1 - 1e-9)
+    return np.where(varies, (1 + as_large.sum(0)) / (1 + len(replicated)), 1.0)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -234,6 +234,7 @@ def test_check_reports_labels_where_some_are_withheld(tmp_path):
     model, guide = clouds()
     data = simulated(model, 60)
     options: dict[str, Any] = {
+        "only": ["population_predictive", "label_calibration"],
         "population_predictive": {"replicates": 300},
         "to_arviz": {"rows": 5, "draws": 4},
     }
@@ -241,6 +242,8 @@ def test_check_reports_labels_where_some_are_withheld(tmp_path):
     assert [r.name for r in report.results] == ["population_predictive", "label_calibration"]
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {
         "population_predictive.png",
+        "population_predictive-x-pit.png",
+        "population_predictive-y-pava.png",
         "label_calibration.png",
         "label_calibration-confusion.png",
         "label_calibration-pava.png",
