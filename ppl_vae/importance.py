@@ -274,9 +274,9 @@ def budget(
     """What fits into ``memory`` MiB, and into the cache, as found by drawing for a small batch."""
     draws = min(samples, 16)
     assignments = Assignments(model, guide, batch, withheld)
-    with _OutputBytes() as made_by_guide:
+    with OutputBytes() as made_by_guide:
         drawn, _ = draw_all(guide, batch, draws, assignments)
-    with _OutputBytes() as made_by_model:
+    with OutputBytes() as made_by_model:
         score(model, batch, drawn[0], draws)
     # A block is alive while its chunks are scored.
     most = memory * 2**20 // 2
@@ -404,11 +404,11 @@ def _overlapping(total: int, step: int) -> Iterator[tuple[slice, slice]]:
 
 def _split(draws: int, rows: int, capacity: int) -> tuple[int, int]:
     """How many draws of how many rows to take at a time: at most ``capacity``, all draws first."""
-    some = _evenly(draws, capacity)
-    return some, _evenly(rows, max(1, capacity // some))
+    some = evenly(draws, capacity)
+    return some, evenly(rows, max(1, capacity // some))
 
 
-def _evenly(total: int, most: int) -> int:
+def evenly(total: int, most: int) -> int:
     """The smallest step in which ``total`` is made in as few parts as in steps of ``most``."""
     return math.ceil(total / math.ceil(total / most))
 
@@ -445,7 +445,7 @@ def _once(value: Tensor) -> Tensor:
     return value[:1] if value.stride(0) == 0 else value
 
 
-class _OutputBytes(TorchDispatchMode):
+class OutputBytes(TorchDispatchMode):
     """Adds up the sizes of all tensors that operations make, views left out."""
 
     def __init__(self) -> None:

@@ -205,7 +205,7 @@ def test_memory_and_the_cache_bound_what_is_made_at_once() -> None:
             for memory in (1, 2, 10**6)
         )
         drawn, _ = importance.draw(guide, some, 16)
-        with importance._OutputBytes() as made:
+        with importance.OutputBytes() as made:
             importance.score(model, some, drawn, 16)
     bytes_a_draw = made.bytes / 16 / 4
     assert one.chunk * bytes_a_draw == pytest.approx(2**20 / 2, rel=0.01)
