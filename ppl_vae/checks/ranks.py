@@ -55,7 +55,9 @@ def polynomials(draws: int) -> np.ndarray:
     return (q * np.sign(np.diag(r)) * math.sqrt(1 + draws)).T[1:]
 
 
-def coverage(ranks: np.ndarray, draws: int, nominal: np.ndarray | float) -> np.ndarray:
+def coverage(
+    ranks: np.ndarray, draws: int, nominal: np.ndarray | float, *, highest: bool = False
+) -> np.ndarray:
     """How often the truth lies in the central interval of each nominal probability.
 
     Where an interval's end splits a rank, its share counts, so that uniform ranks have exactly the
@@ -64,20 +66,19 @@ def coverage(ranks: np.ndarray, draws: int, nominal: np.ndarray | float) -> np.n
     Args:
         ranks: ``(rows, ...)``.
         nominal: ``(K,)`` or a number.
+        highest: take the interval of the highest ranks instead: of a density's ranks, that is the
+            region of highest density.
 
     Returns:
         ``(K, ...)`` or ``(...)``.
     """
-    share = _inside(draws, np.atleast_1d(nominal))[:, ranks].mean(1)
-    return share if np.ndim(nominal) else share[0]
-
-
-def _inside(draws: int, nominal: np.ndarray) -> np.ndarray:
-    """Share ``(K, 1 + draws)`` of each rank's cell that lies in a central interval."""
+    at_least = np.atleast_1d(nominal)[:, None]
+    low, high = (1 - at_least, 1.0) if highest else ((1 - at_least) / 2, (1 + at_least) / 2)
     edges = np.linspace(0, 1, draws + 2)
-    low, high = (1 - nominal[:, None]) / 2, (1 + nominal[:, None]) / 2
     overlap = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    return np.clip(overlap, 0, None) * (draws + 1)
+    share = np.clip(overlap, 0, None) * (draws + 1)  # of each rank's cell, (K, 1 + draws)
+    found = share[:, ranks].mean(1)
+    return found if np.ndim(nominal) else found[0]
 
 
 def band(

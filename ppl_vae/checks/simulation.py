@@ -21,6 +21,7 @@ from torch import Tensor
 from ppl_vae.checks.result import NotApplicable, Progress
 from ppl_vae.data import as_dataset
 from ppl_vae.draws import (
+    example,
     held_out,
     laid_out,
     model_nodes,
@@ -42,6 +43,7 @@ _STEPS = {LOG_P: 1e-3, LOG_Q: 1e-3, LOG_WEIGHT: 1e-2}
 of a guide that is exact are all equal, up to the errors of both densities."""
 
 
+_DIGITS = 16  # times the precision of a log-density: what sums of many terms may be off
 _WITH_Q = (LOG_Q, LOG_WEIGHT)
 
 
@@ -203,14 +205,14 @@ class _Ranker:
         )
         ranks: list[Tensor] = []
         values: dict[str, Tensor] = {}
+        precision = torch.finfo(example(self._model).dtype).eps
         for name, chosen in self._chosen.items():
             drawn = laid_out(nodes[name], self._draws, nesting)[1]
             values[name] = torch.cat([truth[name].unsqueeze(0).to(drawn), drawn])
             flat = values[name].reshape(*values[name].shape[:2], -1)
             ranks.append(_rank(flat[..., chosen.to(flat.device)]))
         for name, found in self._densities(batch, truth, values, nodes).items():
-            rounded = (found / _STEPS[name]).round()
-            ranks.append(_rank(rounded.nan_to_num(-math.inf, math.inf, -math.inf).unsqueeze(-1)))
+            ranks.append(_rank(_rounded(found, _STEPS[name], precision).unsqueeze(-1)))
         return torch.cat(ranks, -1)
 
     def _densities(
@@ -267,6 +269,13 @@ def _rank(values: Tensor) -> Tensor:
     ties = (values[1:] == values[0]).sum(0)
     u = torch.rand(ties.shape, dtype=torch.float64, device=ties.device)
     return below + (u * (ties + 1)).long()
+
+
+def _rounded(value: Tensor, step: float, precision: float) -> Tensor:
+    """In whole steps, which are larger where ``value`` ``(1 + draws, rows)`` has fewer digits."""
+    most = value.abs().amax(0).nan_to_num(0.0, 0.0, 0.0)
+    steps = (value / (step + _DIGITS * precision * most)).round()
+    return steps.nan_to_num(-math.inf, math.inf, -math.inf)
 
 
 def _total(nodes: list[dict[str, Any]], draws: int) -> Tensor:
