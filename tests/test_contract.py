@@ -22,6 +22,7 @@ from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
 
 from ppl_vae import zoo
+from ppl_vae.checks.structure import structure
 from ppl_vae.conditionals import Normal, join
 from ppl_vae.guide import AmortizedGuide, Factorized
 from ppl_vae.likelihoods import Bernoulli
@@ -347,6 +348,18 @@ def test_every_parameter_gets_a_gradient(model_name: str, guide_name: str) -> No
             assert parameter.grad is not None, f"{role}.{name}"
             assert parameter.grad.isfinite().all(), f"{role}.{name}"
             assert parameter.grad.any(), f"{role}.{name}"
+
+
+@pairs
+def test_the_check_of_structure_finds_no_fault(model_name: str, guide_name: str) -> None:
+    model, guide, data = build(model_name, guide_name)
+    if "y" in data:
+        if model.classes is None:
+            pytest.skip("a data set holds labels as numbers")
+        data["y"] = data["y"].argmax(1)
+    result = structure(model, guide, {"train": data, "test": data})
+    assert result.passed, result.meaning
+    assert all(r["verdict"] != "not applicable" for r in result.statistics)
 
 
 @pairs
