@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -92,6 +92,7 @@ def annealed_log_evidence(
     latents: Mapping[str, Tensor] | None = None,
     step_sizes: Tensor | None = None,
     given: Mapping[str, Tensor] | None = None,
+    withheld: Collection[str] = (),
     seed: int = 0,
     compile: Compile = "auto",
     progress: Callable[[float], None] = lambda done: None,
@@ -119,6 +120,7 @@ def annealed_log_evidence(
             as those that simulated rows were emitted from. The chains run from these backwards.
         step_sizes: of an earlier call with these rows and temperatures; None: adapt them anew.
         given: values of global latents, ``(event)`` each, instead of a draw.
+        withheld: see :func:`ppl_vae.weights.log_weights`.
         compile: as in :func:`ppl_vae.evaluate`.
         progress: told the fraction that is done, from time to time.
 
@@ -131,7 +133,7 @@ def annealed_log_evidence(
     _check(rows, temperatures, chains, leapfrog, step_sizes)
     with evaluating(seed, model, guide):
         held = dict(shared_values(model, guide, columns) if given is None else given)
-        density = Density(model, guide, columns, start=start, given=held)
+        density = Density(model, guide, columns, start=start, given=held, withheld=withheld)
         size = _rows_at_once(density, columns, chains, rows)
         moves = temperatures - 1 + (_pilot(temperatures) + WARM_UP if step_sizes is None else 0)
         blocks = math.ceil(rows / size)

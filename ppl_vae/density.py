@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -34,6 +34,7 @@ class Density:
     Args:
         columns: some rows of what the model observes, and its covariates.
         given: values of all global latents, ``(event)`` each.
+        withheld: observables that are inferred, of which every value is tried.
 
     Raises:
         NotAnnealable: see :func:`ppl_vae.annealing.annealed_log_evidence`.
@@ -47,12 +48,13 @@ class Density:
         *,
         start: Start,
         given: Mapping[str, Tensor],
+        withheld: Collection[str] = (),
     ) -> None:
         self._model, self._guide, self._start = model, guide, start
         # As a plate of particles leaves a global value: one for all chains and rows.
         self._given = {name: value[None, None] for name, value in given.items()}
         few = {name: column[:2] for name, column in columns.items()}
-        self._assignments = Assignments(model, guide, few)
+        self._assignments = Assignments(model, guide, few, withheld)
         summed = {*self._assignments.drawn, *self._assignments.marginal}
         sites = read_sites(model, **few)
         self._events = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ def log_weights(
     memory: int = 512,
     compile: Compile = "auto",
     given: Mapping[str, Tensor] | None = None,
+    withheld: Collection[str] = (),
 ) -> Tensor:
     """log p(x, z) - log q(z | x) of each draw from the guide: float64 ``(samples, rows)``, on the
     CPU, in nats.
@@ -46,6 +47,8 @@ def log_weights(
         memory: MiB that the intermediate tensors may take.
         compile: see :func:`ppl_vae.evaluate`.
         given: values of global sites that are not drawn, ``(event)`` each.
+        withheld: observables that are inferred, of which ``columns`` has none: every value is
+            tried, as of enumerated sites, also where the guide would draw them.
 
     Raises:
         ValueError: more values of enumerated sites than can be tried.
@@ -59,9 +62,9 @@ def log_weights(
         lambda part: {name: column[part] for name, column in columns.items()},
         rows,
         samples=samples,
-        budget=budget(model, guide, probe, samples=samples, memory=memory),
+        budget=budget(model, guide, probe, samples=samples, memory=memory, withheld=withheld),
         compile=compile,
-        assignments=Assignments(model, guide, probe),
+        assignments=Assignments(model, guide, probe, withheld),
         given=given,
     ):
         if (weight := log_weight(figures)) is not None:
@@ -127,7 +130,7 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
         try:
             # Takes ratios the other way up, as those of leave-one-out are: the negated logs.
             smoothed, shape = array_stats.psislw(-own)
-        except ValueError:  # fewer than five draws in the tail, or all of them alike
+        except (ValueError, IndexError):  # fewer than five draws in the tail, or all alike
             continue
         k[row] = float(shape)
         # They come normalized; the median, which no smoothing touches, says by how much.

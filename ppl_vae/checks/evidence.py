@@ -1,0 +1,489 @@
+"""How well is log p(x) known? Importance sampling, judged by its weights and by annealing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+from xarray import Dataset
+
+from ppl_vae.annealing import Annealed, Bracket, annealed_log_evidence, bidirectional
+from ppl_vae.assignments import Assignments
+from ppl_vae.checks import evidence_figures as figures
+from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
+from ppl_vae.data import as_dataset
+from ppl_vae.density import NotAnnealable, Start
+from ppl_vae.draws import held_out, model_nodes, some_covariates
+from ppl_vae.evaluation import check_measurable, inferred
+from ppl_vae.importance import Compile
+from ppl_vae.model import GenerativeModel
+from ppl_vae.sites import check_data, check_pair, evaluating, read_sites
+from ppl_vae.weights import (
+    RELIABLE,
+    Smoothed,
+    bound,
+    effective_samples,
+    log_weights,
+    pareto_smoothed,
+)
+
+Columns = Mapping[str, Tensor]
+
+
+def evidence(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    data: Any,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    level: float = 0.05,
+    progress: Progress = silent,
+    rows: int = 200,
+    samples: int = 5000,
+    annealed_rows: int = 20,
+    simulated_rows: int = 20,
+    temperatures: int = 300,
+    chains: int = 8,
+    leapfrog: int = 10,
+    start: Start = "prior",
+    tolerance: float = 0.5,
+    memory: int = 512,
+    compile: Compile = "auto",
+) -> CheckResult:
+    """Looks for a log p(x) that importance sampling and annealing do not agree on.
+
+    From one set of importance weights: the ELBO, IWAE bounds (:func:`ppl_vae.weights.bound`), the
+    importance-sampled and Pareto-smoothed log p(x), and what the weights say of themselves,
+    Pareto-k and effective sample sizes. On some of the rows, annealed importance sampling
+    (:func:`ppl_vae.annealing.annealed_log_evidence`), which by default knows nothing of the guide;
+    on rows that the model emits, a bracket around log p(x), whose width says how near annealing
+    comes (:func:`ppl_vae.annealing.bidirectional`).
+
+    The verdict is a paired t-test over the rows of both: the check fails where the mean of the
+    differences, annealing less importance sampling, is beyond ``tolerance`` on either side.
+    ``p = P(T > (|d| - tolerance) / se) + P(T > (|d| + tolerance) / se)``, T Student's with a degree
+    of freedom less than rows, is at its largest where the true mean is at the tolerance, so that
+    the error rate is ``level`` at most (as far as the mean is normal). Where annealing does not
+    apply, nothing is tested. Leaves torch's random state as it was.
+
+    Each record has the figure's name, the rows it is of, value, standard error over rows, unit, p
+    and verdict, both None where nothing is tested.
+
+    Args:
+        data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes. Labels that are withheld
+            from training rows are summed out.
+        seed: of rows and draws.
+        level: error rate of the verdict.
+        rows: held-out rows, chosen at random; all of them where the split has fewer.
+        samples: K, importance draws a row.
+        annealed_rows: how many of the rows are annealed too; 0 for none.
+        simulated_rows: rows of the bracket; 0 for none.
+        temperatures, chains, leapfrog, start: of annealing.
+        tolerance: nats by which both may differ.
+        memory: MiB that importance sampling may take.
+        compile: see :func:`ppl_vae.evaluate`.
+
+    Raises:
+        NotApplicable: no latent; a site in a plate besides that of the rows; more values of
+            enumerated sites than can be tried.
+        ValueError: numbers too small, or a level outside (0, 1).
+        PairError: guide or data do not fit the model.
+    """
+    _check_settings(level, rows, samples, annealed_rows, simulated_rows, tolerance)
+    dataset = as_dataset(data)
+    withheld = inferred(model, dataset, None)
+    with evaluating(seed, model, guide):
+        chosen, columns = held_out(model, dataset, split=split, rows=rows, seed=seed)
+        columns = {name: column for name, column in columns.items() if name not in withheld}
+        check_data(model, [columns])
+        check_pair(model, guide, **columns)
+        _check_applies(model, guide, columns, withheld)
+        weights = log_weights(
+            model,
+            guide,
+            columns,
+            samples=samples,
+            memory=memory,
+            compile=compile,
+            withheld=withheld,
+        )
+        sampled = _Sampled(chosen, weights, pareto_smoothed(weights), effective_samples(weights))
+        progress(0.25)
+        options: dict[str, Any] = {
+            "temperatures": temperatures,
+            "chains": chains,
+            "leapfrog": leapfrog,
+            "start": start,
+            "compile": compile,
+            "withheld": withheld,
+            "seed": seed,
+        }
+        note, compared, bracket = "", None, None
+        try:
+            if annealed_rows:
+                compared = _compare(
+                    model, guide, columns, sampled, annealed_rows, options, _within(progress, 1, 2)
+                )
+            if simulated_rows:
+                rest = some_covariates(model, dataset, simulated_rows, seed=seed)
+                bracket = simulated_bracket(
+                    model,
+                    guide,
+                    [name for name in columns if name in model.observables],
+                    rest,
+                    simulated_rows,
+                    given=None if compared is None else compared.annealed.given,
+                    progress=_within(progress, 2, 4),
+                    **options,
+                )
+        except NotAnnealable as reason:
+            note = str(reason)
+    p = None if compared is None else agreement(compared.differences, tolerance)
+    verdict = "measured" if p is None else "fail" if p <= level else "pass"
+    return CheckResult(
+        name="evidence",
+        verdict=verdict,
+        error_rate=0.0 if p is None else level,
+        p=p,
+        statistics=tuple(_records(sampled, compared, bracket, p, verdict)),
+        meaning=_meaning(sampled, compared, bracket, verdict, tolerance, note),
+        settings={
+            "split": split,
+            "rows": len(chosen),
+            "samples": samples,
+            "annealed_rows": 0 if compared is None else len(compared.rows),
+            "simulated_rows": 0 if bracket is None else bracket.gap.numel(),
+            "tolerance": tolerance,
+            **{key: value for key, value in options.items() if key != "withheld"},
+        },
+        groups=_groups(sampled, compared, bracket),
+        pictures=_pictures(compared),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    """What importance sampling says of some rows; ``rows`` are their numbers."""
+
+    rows: Tensor
+    weights: Tensor
+    smoothed: Smoothed
+    effective: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Both methods on the same rows; ``at`` says which of the others these are."""
+
+    at: Tensor
+    rows: Tensor
+    weights: Tensor
+    annealed: Annealed
+
+    @property
+    def differences(self) -> Tensor:
+        """Annealing less importance sampling, ``(rows,)``."""
+        return self.annealed.log_evidence - bound(self.weights, len(self.weights))
+
+
+def agreement(differences: Tensor, tolerance: float) -> float:
+    """p-value of "the mean is at most ``tolerance`` from 0": see :func:`evidence`."""
+    mean, error = float(differences.mean()), standard_error(differences)
+    if not math.isfinite(mean):  # one of both gives no probability at all
+        return 0.0
+    beyond = abs(mean) - tolerance
+    if error == 0:
+        return float(beyond <= 0)
+    law = student(len(differences) - 1)
+    return min(1.0, float(law.sf(beyond / error) + law.sf((abs(mean) + tolerance) / error)))
+
+
+def simulated_bracket(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    observables: Collection[str],
+    covariates: Columns,
+    rows: int,
+    *,
+    given: Columns | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    **options: Any,
+) -> Bracket:
+    """log p(x) of rows that the model emits, from both sides.
+
+    Args:
+        observables: those whose density is meant; others are latent.
+        covariates: of these rows.
+        given: values of global latents, ``(event)`` each; needed where there are such.
+        options: of :func:`ppl_vae.annealing.annealed_log_evidence`.
+    """
+    given = dict(given or {})
+    with evaluating(seed, model, guide):
+        nodes = model_nodes(model, given, rows=rows, columns=covariates)
+    columns = {name: node["value"] for name, node in nodes.items() if name in observables}
+    latents = {n: node["value"] for n, node in nodes.items() if n not in {*columns, *given}}
+    return bidirectional(
+        model,
+        guide,
+        columns | dict(covariates),
+        latents,
+        given=given,
+        seed=seed,
+        progress=progress,
+        **options,
+    )
+
+
+def _compare(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    columns: Columns,
+    sampled: _Sampled,
+    rows: int,
+    options: Mapping[str, Any],
+    progress: Progress,
+) -> _Compared:
+    order = torch.randperm(
+        len(sampled.rows), generator=torch.Generator().manual_seed(1 + options["seed"])
+    )
+    at = order[:rows].sort().values
+    some = {name: column[at.to(column.device)] for name, column in columns.items()}
+    annealed = annealed_log_evidence(model, guide, some, progress=progress, **options)
+    weights = sampled.weights[:, at]
+    if annealed.given:  # importance sampling of log p(x | w), with the w that annealing held
+        weights = log_weights(
+            model,
+            guide,
+            some,
+            samples=len(weights),
+            given=annealed.given,
+            compile=options["compile"],
+            withheld=options["withheld"],
+        )
+    return _Compared(at, sampled.rows[at], weights, annealed)
+
+
+def _check_settings(
+    level: float,
+    rows: int,
+    samples: int,
+    annealed_rows: int,
+    simulated_rows: int,
+    tolerance: float,
+) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    if rows < 2 or samples < 1:
+        raise ValueError(f"rows={rows}, samples={samples}: expected at least 2 rows, 1 sample")
+    if annealed_rows == 1 or simulated_rows == 1 or min(annealed_rows, simulated_rows) < 0:
+        raise ValueError(
+            f"annealed_rows={annealed_rows}, simulated_rows={simulated_rows}: expected 0, or at "
+            "least 2, since a standard error needs two"
+        )
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance}: expected nats, at least 0")
+
+
+def _check_applies(
+    model: GenerativeModel, guide: torch.nn.Module, columns: Columns, withheld: Collection[str]
+) -> None:
+    few = {name: column[:2] for name, column in columns.items()}
+    sites = read_sites(model, **few).values()
+    if all(site.observed for site in sites):
+        raise NotApplicable(f"{type(model).__name__} has no latent: its log p(x) is exact")
+    try:
+        check_measurable(sites)
+        Assignments(model, guide, few, withheld)
+    except ValueError as error:
+        raise NotApplicable(str(error)) from None
+
+
+def _within(progress: Progress, quarter: int, end: int) -> Callable[[float], None]:
+    """Shows a part of the work, from one quarter of the whole to another."""
+    return lambda done: progress((quarter + done * (end - quarter)) / 4)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of ``(rows,)``."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def draws_shown(samples: int) -> list[int]:
+    """1, 10, 100, ... below ``samples``, and that."""
+    return [10**e for e in range(len(str(samples))) if 10**e < samples] + [samples]
+
+
+def _records(
+    sampled: _Sampled,
+    compared: _Compared | None,
+    bracket: Bracket | None,
+    p: float | None,
+    verdict: str,
+) -> list[dict[str, Any]]:
+    samples = len(sampled.weights)
+    k = sampled.smoothed.pareto_k
+    found = [
+        _record(
+            f"bound of {n} draw{'s' * (n > 1)}{' (ELBO)' * (n == 1)}", bound(sampled.weights, n)
+        )
+        for n in draws_shown(samples)
+    ]
+    found += [
+        _record("NLL by importance sampling", -bound(sampled.weights, samples)),
+        _record("NLL, Pareto-smoothed", -sampled.smoothed.log_evidence),
+        _record(f"rows with Pareto-k above {RELIABLE}", (k > RELIABLE).double(), unit="share"),
+        _record("Pareto-k, median", k, median=True, unit=""),
+        _record("effective draws, median", sampled.effective, median=True, unit="draws"),
+    ]
+    if compared is not None:
+        annealed = compared.annealed
+        both = compared.weights
+        found += [
+            _record("log p(x) by annealing", annealed.log_evidence),
+            _record("log p(x) by importance sampling, same rows", bound(both, len(both))),
+            _record("annealing less importance sampling", compared.differences)
+            | {"p": p, "verdict": verdict},
+            _record("acceptance of annealing", annealed.acceptance.double(), unit="share"),
+        ]
+    if bracket is not None:
+        found += [
+            _record("simulated rows: annealing, lower", bracket.lower.log_evidence),
+            _record("simulated rows: annealing, upper", bracket.upper.log_evidence),
+            _record("simulated rows: upper less lower", bracket.gap),
+        ]
+    return found
+
+
+def _record(
+    figure: str, values: Tensor, *, median: bool = False, unit: str = "nats"
+) -> dict[str, Any]:
+    return {
+        "figure": figure,
+        "rows": len(values),
+        "value": float(values.median() if median else values.mean()),
+        "standard_error": None if median else standard_error(values),
+        "unit": unit,
+        "p": None,
+        "verdict": None,
+    }
+
+
+def _shown(values: Tensor) -> str:
+    return f"{float(values.mean()):.2f} +- {standard_error(values):.2f}"
+
+
+def _meaning(
+    sampled: _Sampled,
+    compared: _Compared | None,
+    bracket: Bracket | None,
+    verdict: str,
+    tolerance: float,
+    note: str,
+) -> str:
+    k = sampled.smoothed.pareto_k
+    samples = len(sampled.weights)
+    share = float((k > RELIABLE).double().mean())
+    found = [
+        f"log p(x) is {_shown(bound(sampled.weights, samples))} nats by importance sampling with "
+        f"{samples} draws; Pareto-k is above {RELIABLE} in {share:.0%} of {len(k)} rows"
+        + (", where the weights are too uneven to be believed." if share > 0 else ".")
+    ]
+    if k.isnan().any():
+        found.append("Too few draws to tell Pareto-k: at least 25 are needed.")
+    if compared is not None:
+        found.append(_verdict_said(compared, verdict, tolerance, share))
+        if compared.annealed.given:
+            found.append(
+                f"Both are given one draw of {', '.join(compared.annealed.given)} from the guide."
+            )
+    if bracket is not None:
+        found.append(
+            f"On rows that the model emits, annealing from both sides leaves "
+            f"{_shown(bracket.gap)} nats between them, by which annealing is off at most."
+        )
+    if note:
+        found.append(f"Annealing does not apply, so that nothing was tested: {note}.")
+    return " ".join(found)
+
+
+def _verdict_said(compared: _Compared, verdict: str, tolerance: float, share: float) -> str:
+    differences = compared.differences
+    apart = f"annealing less importance sampling is {_shown(differences)} nats"
+    count = f"on {len(differences)} rows"
+    if verdict == "pass":
+        return f"{apart[0].upper()}{apart[1:]} {count}: they agree within {tolerance:g} nats."
+    both = "Both are lower bounds in expectation, so that the higher one is nearer"
+    if float(differences.mean()) > 0:
+        believed = " as Pareto-k says too," if share > 0.1 else ""
+        return (
+            f"Importance sampling gives too low a log p(x): {apart} {count}. {both}: trust "
+            f"annealing;{believed} the guide misses much of the posterior. Try a richer guide "
+            "(flow, mixture, semi-amortized), one that overfits less, or more draws, before NLLs "
+            "are compared."
+        )
+    return (
+        f"Annealing gives too low a log p(x): {apart} {count}. {both}: trust importance sampling, "
+        "as far as its Pareto-k allows. Try more temperatures, or start='guide'."
+    )
+
+
+def _groups(
+    sampled: _Sampled, compared: _Compared | None, bracket: Bracket | None
+) -> dict[str, Dataset]:
+    def of(rows: Tensor | None, **variables: tuple[tuple[str, ...], Tensor]) -> Dataset:
+        coords = {} if rows is None else {"row": rows.numpy()}
+        named = {name: (dims, value.numpy()) for name, (dims, value) in variables.items()}
+        return Dataset(named, coords=coords)
+
+    samples = len(sampled.weights)
+    groups = {
+        "evidence": of(
+            sampled.rows,
+            log_evidence=(("row",), bound(sampled.weights, samples)),
+            log_evidence_smoothed=(("row",), sampled.smoothed.log_evidence),
+            pareto_k=(("row",), sampled.smoothed.pareto_k),
+            effective_draws=(("row",), sampled.effective),
+        )
+    }
+    if compared is not None:
+        draws = draws_shown(samples)
+        bounds = torch.stack([bound(compared.weights, n) for n in draws])
+        groups["evidence_annealed"] = of(
+            compared.rows,
+            annealed=(("chain", "row"), compared.annealed.estimates),
+            log_evidence=(("row",), compared.annealed.log_evidence),
+            bound=(("draws", "row"), bounds),
+        ).assign_coords(draws=np.array(draws))
+    if bracket is not None:
+        groups["evidence_simulated"] = of(
+            None,
+            lower=(("chain", "row"), bracket.lower.estimates),
+            upper=(("chain", "row"), bracket.upper.estimates),
+            gap=(("row",), bracket.gap),
+        )
+    return groups
+
+
+def _pictures(compared: _Compared | None) -> dict[str, Picture]:
+    pareto = Picture(
+        figures.pareto_k,
+        "Pareto-k of each row's importance weights: above the line the row's log p(x) is not to be "
+        "believed; try a guide nearer to the posterior.",
+    )
+    if compared is None:
+        return {"evidence": pareto}
+    bounds = Picture(
+        figures.bounds,
+        "Bounds of log p(x) by the number of draws, and what annealing finds for the same rows: "
+        "where the curve still climbs at its end, or ends below annealing, more draws or a richer "
+        "guide are needed.",
+    )
+    return {"evidence": bounds, "pareto_k": pareto}
