@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
+from xarray import DataArray
 
+from ppl_vae.assignments import every_value
 from ppl_vae.draws import (
     held_out,
     laid_out,
@@ -22,8 +25,10 @@ from ppl_vae.draws import (
     rows_at_once,
     unobserved_sites,
 )
-from ppl_vae.model import GenerativeModel
+from ppl_vae.importance import Draws, score
+from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
 from ppl_vae.sites import check_data, check_pair, evaluating
+from ppl_vae.weights import pareto_smoothed
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -55,10 +60,20 @@ def to_arviz(
     are drawn from their exact posterior given the guide's. ``posterior_predictive``: the
     observables anew from those latents, labels included. ``prior`` and ``prior_predictive``: the
     story from its start, as many rows a draw. ``observed_data``: the rows. ``constant_data``: the
-    rows' covariates, given which all is drawn, where the model has such. Dims are
-    ``chain, draw, row, <site>_dim``; a global site has no ``row``; a site with several event dims
-    has ``<site>_dim_0, ...``; a further plate gives a dim of its name. Discrete sites are the
-    smallest signed integers that hold them.
+    rows' covariates, given which all is drawn, where the model has such. ``log_likelihood``: of
+    each observable of a row, given the row's latents. ``sample_stats``: of each draw and row
+    ``log_p``, the log-density of row and local latents together, ``log_q``, that of the latents
+    under the guide, and the importance weight ``log_weight``, their difference; and of each row
+    its ``pareto_k`` (:func:`ppl_vae.weights.pareto_smoothed`). With them ArviZ's
+    ``loo_approximate_posterior(idata, log_p=stats.log_p, log_q=stats.log_q)`` corrects for the
+    guide row by row: what is left out is the row, latents and all, so that ``elpd`` estimates the
+    evidence. Models with plates besides the rows' have neither group. ArviZ's plots of single
+    entries (``plot_ppc_pit``, ``plot_ppc_pava``, ``plot_ppc_rootogram``) take one column of a row:
+    ``idata.isel(x_dim=0)``.
+
+    Dims are ``chain, draw, row, <site>_dim``; a global site has no ``row``; a site with several
+    event dims has ``<site>_dim_0, ...``; a further plate gives a dim of its name. Discrete sites
+    are the smallest signed integers that hold them.
 
     Rows are a seeded random subset without replacement, in ascending order, with their number in
     the split as coordinate ``row``. Leaves torch's random state as it was.
@@ -92,7 +107,7 @@ def to_arviz(
             groups["constant_data"][name] = _numpy(values, discrete=False)
             further = (f"_{i}" for i in range(values.dim() - 1)) if values.dim() > 2 else ("",)
             dims[name] = ["row", *(f"{name}_dim{i}" for i in further if values.dim() > 1)]
-    return from_dict(
+    tree = from_dict(
         {group: groups[group] for group in _ORDER if groups.get(group)},
         coords={"row": chosen.numpy()},
         dims=dims,
@@ -106,6 +121,16 @@ def to_arviz(
             }
         },
     )
+    row = {"row": chosen.numpy()}
+    for group in ("log_likelihood", "sample_stats"):
+        if group in groups:  # of one number a row each, under names that are taken
+            one_number = {name: ["row"] for name in groups[group]}
+            tree[group] = from_dict({group: groups[group]}, coords=row, dims=one_number)[group]
+    if "sample_stats" in groups:
+        weights = torch.from_numpy(groups["sample_stats"]["log_weight"][0])
+        k = DataArray(pareto_smoothed(weights).pareto_k.numpy(), row, "row")
+        tree["sample_stats/pareto_k"] = k
+    return tree
 
 
 def versions() -> dict[str, str]:
@@ -135,7 +160,7 @@ def _groups(
             )
 
     for size in sizes:
-        latents, nesting = posterior_nodes(model, guide, columns, draws=size)
+        latents, nesting = posterior_nodes(model, guide, columns, draws=size, scored=True)
         add("posterior", latents, size, nesting)
         values = {name: node["value"] for name, node in latents.items()}
         with particles(size, nesting):
@@ -146,10 +171,50 @@ def _groups(
         add("prior_predictive", {n: drawn[n] for n in seen}, size, nesting)
         latent = {n for n, node in drawn.items() if not node["is_observed"]}.difference(columns)
         add("prior", {n: node for n, node in drawn.items() if n in latent}, size, nesting)
+        if nesting == 1:
+            for group, found in _densities(model, columns, latents, size).items():
+                for name, value in found.items():
+                    parts.setdefault((group, name), []).append(value.numpy(force=True))
     groups: dict[str, _Named] = {}
     for (group, name), arrays in parts.items():
         groups.setdefault(group, {})[name] = np.concatenate(arrays)[None]
     return groups, dims
+
+
+def _densities(
+    model: GenerativeModel,
+    columns: Mapping[str, Tensor],
+    latents: Mapping[str, Any],
+    draws: int,
+) -> dict[str, dict[str, Tensor]]:
+    """Float64 ``(draws, rows)``, by group and name, of draws given the data."""
+    log_q = {name: node["log_q"] for name, node in latents.items() if "log_q" in node}
+    drawn = Draws({name: latents[name]["value"] for name in log_q}, log_q, {})
+    summed = {n: n_["fn"] for n, n_ in latents.items() if n not in log_q}
+    # Of sites that the model enumerates a weight has the sum, whichever value was drawn.
+    each = [
+        score(model, columns, drawn._replace(values=drawn.values | values), draws)["elbo", ""]
+        for values in every_value(summed, draws, len(next(iter(columns.values()))))
+    ]
+    weight = torch.stack(torch.broadcast_tensors(*each)).logsumexp(0)
+    values = {name: node["value"] for name, node in latents.items()}
+    with own_parameters(model):
+        given = poutine.condition(model, data=values)
+        trace = poutine.trace(particles(draws, 1)(given)).get_trace(**columns)
+    log_p: Tensor | float = 0.0
+    likelihood: dict[str, Tensor] = {}
+    for name, node in sample_nodes(trace):
+        if any(frame.name == ROWS for frame in node["cond_indep_stack"]):
+            own = node["fn"].log_prob(node["value"]).double()
+            log_p = log_p + own
+            if name in columns:
+                likelihood[name] = own
+    shape = (draws, len(next(iter(columns.values()))))
+    joint = torch.as_tensor(log_p).expand(shape)
+    weight = weight.expand(shape)
+    stats = {"log_p": joint, "log_q": joint - weight, "log_weight": weight}
+    likelihood = {name: value.expand(shape) for name, value in likelihood.items()}
+    return {"log_likelihood": likelihood, "sample_stats": stats}
 
 
 def _numpy(value: Tensor, discrete: bool) -> np.ndarray:

@@ -116,6 +116,15 @@ class Assignments:
         return figures
 
 
+def every_value(sites: Mapping[str, Any], draws: int, rows: int) -> list[dict[str, Tensor]]:
+    """Every combination of values of sites, ``(draws, rows, event)`` each, from their
+    distributions."""
+    return [
+        {name: value.expand(draws, rows, *value.shape) for name, value in values.items()}
+        for values in _product({name: _support(fn) for name, fn in sites.items()})
+    ]
+
+
 def _supports(trace: Trace, labels: Collection[str]) -> dict[str, Tensor]:
     return {
         name: _support(node["fn"])

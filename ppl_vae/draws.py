@@ -104,12 +104,15 @@ def posterior_nodes(
     draws: int,
     temperature: int = 1,
     fixed: Mapping[str, Tensor] | None = None,
+    scored: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """The latents' trace nodes given the data, under particles; and how many plates nest in those.
 
     Sites that the model enumerates are drawn from their exact posterior given the others
     (temperature 1), or set to its mode (temperature 0). Latents that are ``fixed`` have the value
-    given here, and no node: global ones, as :func:`shared_values` draws them.
+    given here, and no node: global ones, as :func:`shared_values` draws them. With ``scored``, the
+    guide's nodes have an entry ``log_q``: the log-density of their value, that of an auxiliary site
+    through which it was drawn included.
     """
     sites = read_sites(model, **columns)
     nesting = max(len(site.batch_shape) for site in sites.values())
@@ -123,6 +126,12 @@ def posterior_nodes(
             for name, node in sample_nodes(guide_trace)
             if name in sites and not node["is_observed"]
         }
+        if scored:
+            for name, node in nodes.items():
+                through = guide_trace.nodes.get(f"{name}_unconstrained")
+                node["log_q"] = sum(
+                    one["fn"].log_prob(one["value"]).double() for one in (node, through) if one
+                )
         enumerated = [
             s.name
             for s in sites.values()

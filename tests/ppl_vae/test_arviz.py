@@ -66,8 +66,14 @@ def test_groups_dims_and_dtypes(template):
         "posterior_predictive",
         "prior",
         "prior_predictive",
+        "log_likelihood",
+        "sample_stats",
         "observed_data",
     }
+    for name in ("log_p", "log_q", "log_weight"):
+        assert dict(tree["sample_stats"][name].sizes) == {"chain": 1, "draw": 5, "row": 7}
+    assert dict(tree["sample_stats"]["pareto_k"].sizes) == {"row": 7}
+    assert dict(tree["log_likelihood"]["x"].sizes) == {"chain": 1, "draw": 5, "row": 7}
     for group in ("posterior", "prior"):
         assert dict(tree[group]["z"].sizes) == {"chain": 1, "draw": 5, "row": 7, "z_dim": 1}
         assert dict(tree[group]["w"].sizes) == {"chain": 1, "draw": 5, "w_dim": 4}
@@ -138,6 +144,70 @@ def test_enumerated_sites_are_drawn_from_their_posterior():
     residual = tree["posterior_predictive"]["x"].values[0] - z.numpy() - 3 * y.values[0][..., None]
     assert abs(residual.mean()) < 5 / np.sqrt(residual.size)
     assert residual.std() == pytest.approx(1, abs=0.05)
+
+
+def test_weights_are_the_evidence_where_the_guide_is_exact(float64):
+    model = PPCA(latents=2, observed=3, scale=0.5)
+    x = model.simulate(6)["x"]
+    tree = to_arviz(model, ExactPPCA(model), {"train": x, "test": x}, rows=6, draws=30)
+    stats, z = tree["sample_stats"], torch.as_tensor(tree["posterior"]["z"].values[0])
+    with torch.no_grad():
+        evidence = model.evidence(x)
+        log_q = model.posterior(x).log_prob(z)
+        log_x = model.x_dist(z).log_prob(x)
+    np.testing.assert_allclose(stats["log_weight"].values[0], evidence.expand(30, 6), rtol=1e-9)
+    np.testing.assert_allclose(stats["log_q"].values[0], log_q, rtol=1e-9)
+    np.testing.assert_allclose(tree["log_likelihood"]["x"].values[0], log_x, rtol=1e-9)
+    log_p = log_x + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    np.testing.assert_allclose(stats["log_p"].values[0], log_p, rtol=1e-9)
+    assert (stats["pareto_k"].values == -np.inf).all()  # there is nothing to smooth
+
+
+def test_weights_sum_over_enumerated_sites(float64):
+    model, guide, data = pair(Shifted())
+    tree = to_arviz(model, guide, data, rows=10, draws=30)
+    x = torch.as_tensor(tree["observed_data"]["x"].values)
+    z, y = (torch.as_tensor(tree["posterior"][site].values[0]) for site in ("z", "y"))
+    prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    of_x = torch.stack([dist.Normal(z + 3 * k, 1.0).log_prob(x).sum(-1) for k in (0, 1)])
+    with torch.no_grad():
+        log_q = guide.posterior(x).log_prob(z)
+    marginal = prior + (of_x + torch.tensor([[[0.7]], [[0.3]]]).log()).logsumexp(0) - log_q
+    stats = tree["sample_stats"]
+    np.testing.assert_allclose(stats["log_weight"].values[0], marginal, rtol=1e-9)
+    of_y = torch.where(y == 1, of_x[1], of_x[0])
+    np.testing.assert_allclose(tree["log_likelihood"]["x"].values[0], of_y, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
+def test_arviz_functions_run_on_it_as_it_is(float64):
+    """Leave-one-out with a correction for the guide: its elpd is the evidence, in closed form."""
+    import arviz_plots
+    import arviz_stats
+    import matplotlib.pyplot as plt
+
+    model = PPCA(latents=2, observed=3, scale=0.5)
+    x = model.simulate(40)["x"]
+    guide = MeanField(model, MLP(3, 8, 8), x=x[:4])
+    for parameter in guide.parameters():  # wider than the posterior, so that weights are tame
+        torch.nn.init.normal_(parameter, std=0.1)
+    tree = to_arviz(model, guide, {"train": x, "test": x}, rows=40, draws=2000)
+    stats = tree["sample_stats"]
+    found = arviz_stats.loo_approximate_posterior(
+        tree, log_p=stats["log_p"], log_q=stats["log_q"], pointwise=True
+    )
+    with torch.no_grad():
+        evidence = model.evidence(x).numpy()
+    good = found.pareto_k.values < 0.7
+    assert good.mean() > 0.7
+    np.testing.assert_allclose(found.elpd_i.values[good], evidence[good], atol=1.5)
+    assert abs(found.elpd_i.values[good] - evidence[good]).mean() < 0.15
+    arviz_plots.plot_khat(found, backend="none")
+    arviz_plots.plot_ppc_dist(tree, backend="none")
+    arviz_plots.plot_ppc_tstat(tree, backend="none")
+    arviz_plots.plot_prior_posterior(tree, backend="none")
+    arviz_plots.plot_ppc_pit(tree.isel(x_dim=0), backend="none")  # it takes one column
+    plt.close("all")
 
 
 class OneHot(GenerativeModel):
