@@ -1,0 +1,5 @@
+"""What a fitted pair is good for: telling anomalies, imputing, denoising, moving latents."""
+
+from ppl_vae.uses.imputation import Imputed, impute
+
+__all__ = ["Imputed", "impute"]
