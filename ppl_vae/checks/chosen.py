@@ -1,0 +1,53 @@
+"""Figures of some rows of a split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ppl_vae.data import Dataset
+from ppl_vae.evaluation import Scored, inferred, score_rows
+from ppl_vae.model import GenerativeModel
+
+_MEMORY = 512  # MiB
+
+
+def score_chosen(
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    dataset: Dataset,
+    chosen: Tensor,
+    *,
+    split: str,
+    samples: int,
+    seed: int,
+) -> Scored:
+    """Figures of the rows with these numbers, in this order, from ``samples`` draws a row.
+
+    Labels that are withheld from some training rows are inferred, whichever rows are chosen.
+
+    Args:
+        chosen: ``(rows,)``, numbers of rows of the split.
+
+    Raises:
+        ValueError, PairError: as :func:`ppl_vae.evaluate`.
+    """
+    stored = {name: column[chosen] for name, column in dataset.splits[split].items()}
+    return score_rows(
+        model,
+        guide,
+        replace(dataset, splits={**dataset.splits, split: stored}),
+        samples=samples,
+        split=split,
+        seed=seed,
+        memory=_MEMORY,
+        compile="auto",
+        withheld=inferred(model, dataset, None),
+    )
+
+
+def numbers_of_rows(total: int, rows: int, seed: int) -> Tensor:
+    """``rows`` of ``total`` numbers at random, in random order; all of them if there are fewer."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:rows]
