@@ -1,5 +1,6 @@
 """What a fitted pair is good for: telling anomalies, imputing, denoising, moving latents."""
 
+from ppl_vae.uses.denoising import Denoised, denoise
 from ppl_vae.uses.imputation import Imputed, impute
 
-__all__ = ["Imputed", "impute"]
+__all__ = ["Denoised", "Imputed", "denoise", "impute"]

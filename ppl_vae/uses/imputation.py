@@ -15,7 +15,7 @@ from ppl_vae.draws import model_nodes, rows_at_once
 from ppl_vae.importance import parts
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import evaluating
-from ppl_vae.uses.pairs import Pair, State, as_columns, entrywise_law, repeated
+from ppl_vae.uses.pairs import Pair, State, as_columns, entrywise_law, repeated, resample
 from ppl_vae.weights import effective_samples, pareto_smoothed
 
 Method = Literal["metropolis", "gibbs", "resample"]
@@ -259,13 +259,6 @@ def _resampled(
         ess=effective_samples(weights),
         pareto_k=pareto_smoothed(weights).pareto_k,
     )
-
-
-def resample(values: Tensor, log_weights: Tensor, draws: int) -> Tensor:
-    """Draws ``(draws, rows, event)`` from values ``(samples, rows, event)`` in proportion to their
-    weights ``(samples, rows)``."""
-    chosen = torch.distributions.Categorical(logits=log_weights.T).sample((draws,))
-    return values[chosen, torch.arange(values.shape[1], device=values.device)]
 
 
 def log_missing(fn: Any, x: Tensor, gaps: Tensor) -> Tensor:

@@ -198,6 +198,13 @@ def repeated(columns: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
     return {name: c.repeat(copies, *(1,) * (c.dim() - 1)) for name, c in columns.items()}
 
 
+def resample(values: Tensor, log_weights: Tensor, draws: int) -> Tensor:
+    """Draws ``(draws, rows, event)`` from values ``(samples, rows, event)`` in proportion to their
+    weights ``(samples, rows)``."""
+    chosen = torch.distributions.Categorical(logits=log_weights.T).sample((draws,))
+    return values[chosen, torch.arange(values.shape[1], device=values.device)]
+
+
 def _width(sites: Iterable[Site]) -> int:
     return sum(site.event_shape.numel() for site in sites if site.local)
 
