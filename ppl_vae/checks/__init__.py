@@ -24,6 +24,7 @@ from ppl_vae.checks.support import support
 from ppl_vae.data import as_dataset
 from ppl_vae.model import GenerativeModel
 from ppl_vae.progress import checking_progress
+from ppl_vae.zoo import first_line
 
 __all__ = [
     "CHECKS",
@@ -129,6 +130,7 @@ def check(
     report = Report(
         results=tuple(results),
         skipped=skipped,
+        questions={name: first_line(CHECKS[name]) for name in names},
         idata=DataTree.from_dict(groups),
         settings={
             "model": type(model).__name__,

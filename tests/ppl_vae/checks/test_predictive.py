@@ -9,8 +9,16 @@ import scipy.stats
 import torch
 import xarray
 
+from benchmarks.conjugate import exact
 from ppl_vae import draws
-from ppl_vae.checks import CheckResult, check, population_predictive
+from ppl_vae.checks import (
+    CheckResult,
+    NotApplicable,
+    check,
+    population_predictive,
+    posterior_predictive,
+    prior_predictive,
+)
 from ppl_vae.checks.statistics import neighbor_correlation, zeros
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.models._template import Template
@@ -59,6 +67,91 @@ def test_p_values_are_uniform_under_the_truth(pair):
     assert scipy.stats.kstest(np.array(p) - 0.01, "uniform").pvalue > 0.001
     # Never too many small ones: 3.2 standard errors above the level.
     assert np.mean(np.array(p) <= 0.1) < 0.1 + 3.2 * np.sqrt(0.09 / 150)
+
+
+def uniform(p, replicates):
+    """Whether p-values ``k / (1 + replicates)`` could be uniform, by Kolmogorov and Smirnov."""
+    jitter = np.random.default_rng(0).random(len(p)) / (1 + replicates)  # between the values
+    return scipy.stats.kstest(np.array(p) - jitter, "uniform").pvalue > 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check_of", [population_predictive, posterior_predictive])
+def test_p_values_of_a_check_are_uniform_under_the_truth(check_of):
+    """Over 500 data sets, statistics that depend on each other, and an exact guide."""
+    torch.manual_seed(0)
+    model = PPCA(latents=2, observed=3, scale=0.7)
+    guide, statistics = exact(model), {"mean": torch.mean, "sd": torch.std, "max": torch.max}
+    p = []
+    for seed in range(500):
+        torch.manual_seed(2000 + seed)
+        data = as_test(model.simulate(10)["x"])
+        result = check_of(model, guide, data, seed=seed, replicates=19, statistics=statistics)
+        p.append(result.p)
+    assert uniform(p, 19)
+    assert not uniform(np.array(p) ** 1.3, 19)  # the test would see a check that is too eager
+
+
+@pytest.mark.slow
+def test_p_values_of_a_prior_predictive_check_are_uniform_under_the_truth():
+    torch.manual_seed(0)
+    model, p = Template.toy(), []
+    for seed in range(200):
+        torch.manual_seed(3000 + seed)
+        data = as_test(model.simulate(5)["x"])
+        result = prior_predictive(
+            model, None, data, seed=seed, replicates=19, statistics={"mean": torch.mean}
+        )
+        p.append(result.p)
+    assert uniform(p, 19)
+
+
+def test_the_prior_predictive_check_draws_global_latents_from_their_prior():
+    torch.manual_seed(0)
+    model = Template.toy()
+    guide = MeanField(model, MLP(4, 8), x=torch.ones(2, 4))
+    with torch.no_grad():
+        guide.global_guide.locs.w.fill_(3.0)
+        guide.global_guide.scales.w = torch.full((4,), 1e-3)
+    x = torch.poisson(torch.full((200, 4), 3.0))
+    narrow = population_predictive(model, guide, as_test(x), replicates=ENOUGH)
+    wide = prior_predictive(model, guide, as_test(x), replicates=ENOUGH)
+    assert by_name(narrow)["mean"]["verdict"] == "fail"  # a w of 3 emits more
+    assert by_name(wide)["mean"]["verdict"] == "pass"
+    ratio = by_name(wide)["mean"]["replicated_sd"] / by_name(narrow)["mean"]["replicated_sd"]
+    assert ratio > 3
+    with pytest.raises(NotApplicable, match="no global latent"):
+        prior_predictive(*ppca(), as_test(torch.zeros(20, 4)))
+
+
+def test_the_posterior_predictive_check_finds_noise_of_the_wrong_size():
+    """Rows' latents are right, and the noise is not: spread is all that shows it."""
+    torch.manual_seed(0)
+    truth, wrong = (PPCA(latents=2, observed=8, scale=s) for s in (0.7, 0.8))
+    wrong.load_state_dict(truth.state_dict() | {"likelihood.log_scale": torch.tensor(0.8).log()})
+    x = truth.simulate(500)["x"]
+    right = posterior_predictive(truth, exact(truth), as_test(x), replicates=ENOUGH)
+    assert right.verdict == "pass"
+    found = posterior_predictive(wrong, exact(wrong), as_test(x), replicates=ENOUGH)
+    assert found.verdict == "fail"
+    assert "standard deviation too high" in found.meaning
+    assert by_name(found)["mean"]["verdict"] == "pass"
+
+
+def test_replicates_of_the_posterior_have_one_draw_of_the_latents():
+    """Given the latents, x ~ Normal(W z + mu, s): all replicates of a row have one mean."""
+    torch.manual_seed(0)
+    model = PPCA(latents=2, observed=3, scale=0.7)
+    x = model.simulate(2)["x"]
+    result = posterior_predictive(
+        model,
+        exact(model),
+        as_test(x),
+        replicates=2000,
+        statistics={"first": lambda x: x[0, 0], "second": lambda x: x[1, 0]},
+    )
+    for record in result.statistics:  # with latents drawn anew it would be larger
+        assert record["replicated_sd"] == pytest.approx(0.7, rel=0.06)
 
 
 @pytest.mark.slow
@@ -276,6 +369,7 @@ def test_check_reports_and_saves(pair, truth, tmp_path):
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {
         "check.json",
         "idata.nc",
+        "index.html",
         "population_predictive.png",
         "population_predictive-x-pit.png",
         "posterior_predictive.png",
