@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -57,6 +57,29 @@ class Quantity(NamedTuple):
 
     site: str
     name: str
+
+
+Aspect = Literal["shift", "spread"]
+
+ASPECTS: tuple[Aspect, Aspect] = get_args(Aspect)
+"""What is wrong with ranks: too many are high or low; or lie at both ends, or in the middle."""
+
+
+def words(quantity: Quantity, aspect: Aspect) -> tuple[str, str]:
+    """What the guide is where the truth's ranks are too high, or at both ends; and the reverse."""
+    if quantity.site:
+        # The truth ranks high where the draws lie low.
+        return {
+            "shift": ("shifted down", "shifted up"),
+            "spread": ("too narrow", "too wide"),
+        }[aspect]
+    if aspect == "spread":
+        return "of another shape", "of another shape"
+    return {
+        LOG_P: ("too wide, or blind to part of the data", "too narrow"),
+        LOG_Q: ("too wide", "too narrow"),
+        LOG_WEIGHT: ("another than the posterior", "another than the posterior"),
+    }[quantity.name]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,14 @@ from xarray import Dataset
 
 from ppl_vae.checks.ranks import Smooth, band, coverage, ecdf, smooth_test
 from ppl_vae.checks.result import CheckResult, Picture, Progress, silent
-from ppl_vae.checks.simulation import LOG_P, LOG_Q, LOG_WEIGHT, Simulation, simulate
+from ppl_vae.checks.simulation import (
+    ASPECTS,
+    LOG_WEIGHT,
+    Quantity,
+    Simulation,
+    simulate,
+    words,
+)
 from ppl_vae.checks.statistics import holm
 from ppl_vae.figures import empty
 from ppl_vae.model import GenerativeModel
@@ -142,7 +149,7 @@ def _records(found: Simulation, level: float) -> list[dict[str, Any]]:
             "quantity": quantity.name,
             "p": test.p,
             "p_adjusted": p_adjusted,
-            "direction": _direction(quantity.name, test) if failed else "",
+            "direction": _direction(quantity, test) if failed else "",
             "mean_rank": float(ranks.mean() / found.draws),
             "mean_rank_se": float(ranks.std(ddof=1) / found.draws / math.sqrt(rows)),
         }
@@ -154,30 +161,16 @@ def _records(found: Simulation, level: float) -> list[dict[str, Any]]:
     return records
 
 
-_SHAPE = "of another shape"
-
-_TOGETHER = {
-    LOG_P: ("too wide, or blind to part of the data", "too narrow"),
-    LOG_Q: ("too wide", "too narrow"),
-    LOG_WEIGHT: ("another than the posterior",) * 2,
-}
-"""What it means where the truth's density is high among the draws', and where it is low."""
-
-
-def _direction(quantity: str, test: Smooth) -> str:
-    """What is wrong, in words, the largest first."""
-    first, second = (float(component) for component in test.components[:2])
-    if quantity in _TOGETHER:
-        high, low = _TOGETHER[quantity]
-        return _SHAPE if abs(first) < _MARKED else high if first > 0 else low
-    # The truth ranks high where the draws lie low.
+def _direction(quantity: Quantity, test: Smooth) -> str:
+    """What is wrong, in words, the largest first; of densities, a shift says all."""
     said = [
-        (abs(first), "shifted down" if first > 0 else "shifted up"),
-        (abs(second), "too narrow" if second > 0 else "too wide"),
+        (abs(float(component)), words(quantity, aspect)[int(component < 0)])
+        for aspect, component in zip(ASPECTS, test.components[:2], strict=True)
+        if quantity.site or aspect == "shift"
     ]
     said.sort(reverse=True)
     least = max(_MARKED, said[0][0] / 2)
-    return ", ".join(word for size, word in said if size > least) or _SHAPE
+    return ", ".join(word for size, word in said if size > least) or "of another shape"
 
 
 def _meaning(
