@@ -113,7 +113,7 @@ def test_the_prior_predictive_check_draws_global_latents_from_their_prior():
     with torch.no_grad():
         guide.global_guide.locs.w.fill_(3.0)
         guide.global_guide.scales.w = torch.full((4,), 1e-3)
-    x = torch.poisson(torch.full((200, 4), 3.0))
+    x = model.simulate(200)["x"]
     narrow = population_predictive(model, guide, as_test(x), replicates=ENOUGH)
     wide = prior_predictive(model, guide, as_test(x), replicates=ENOUGH)
     assert by_name(narrow)["mean"]["verdict"] == "fail"  # a w of 3 emits more
