@@ -212,7 +212,8 @@ def _figure(result: CheckResult) -> Figure:
     left, right = figure.subplots(1, 2)
     values = result.groups["generalization"][_EVIDENCE]
     low, high = np.percentile(values.values, [0.5, 100])
-    edges = np.linspace(low, high if high > low else low + 1, 40)
+    bins = max(8, min(40, values.sizes["row"] // 8))
+    edges = np.linspace(low, high if high > low else low + 1, bins)
     for name, color in (("train", "C1"), (split, "C0")):
         of_rows = values.sel(split=name).values
         weights = np.full(len(of_rows), 1 / len(of_rows))
