@@ -11,6 +11,7 @@ from xarray import DataArray, Dataset, DataTree
 
 from ppl_vae.calibration import LabelPosterior, calibrated_accuracy, reliability
 from ppl_vae.checks.result import CheckResult
+from ppl_vae.detection import histograms
 from ppl_vae.figures import empty
 
 _SAID = {
@@ -153,24 +154,16 @@ def unknown(
     known: Mapping[str, np.ndarray], unknown: Mapping[str, np.ndarray], auroc: Mapping[str, float]
 ) -> Figure:
     """The distribution of each score over rows of known and of unknown classes."""
-    figure = empty(3.4 * len(auroc), 3.2)
-    axes = figure.subplots(1, len(auroc), squeeze=False)[0]
-    for ax, (name, area) in zip(axes, auroc.items(), strict=True):
-        edges = np.histogram_bin_edges(np.concatenate([known[name], unknown[name]]), 30)
-        for values, label, color in (
-            (known[name], "known classes", "C0"),
-            (unknown[name], "unknown classes", "C1"),
-        ):
-            weights = np.full(len(values), 1 / len(values))
-            ax.hist(values, edges, weights=weights, alpha=0.6, color=color, label=label)
-        is_evidence = name == "evidence"
-        ax.set(xlabel=_SAID[name] if is_evidence else f"largest probability,\n{_SAID[name]}")
-        ax.set_title(f"AUROC {area:.3f}", fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("share of rows")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    return figure
+    return histograms(
+        known,
+        unknown,
+        titles={name: f"AUROC {area:.3f}" for name, area in auroc.items()},
+        labels={
+            name: _SAID[name] if name == "evidence" else f"largest probability,\n{_SAID[name]}"
+            for name in auroc
+        },
+        kinds=("known classes", "unknown classes"),
+    )
 
 
 def _bernoulli(p: np.ndarray, draws: int, stream: np.random.Generator) -> np.ndarray:

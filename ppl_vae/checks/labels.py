@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from xarray import Dataset
 
@@ -20,6 +19,7 @@ from ppl_vae.checks import label_figures
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
 from ppl_vae.checks.statistics import holm
 from ppl_vae.data import as_dataset
+from ppl_vae.detection import auroc
 from ppl_vae.evaluation import inferred, score_rows
 from ppl_vae.model import GenerativeModel
 
@@ -259,12 +259,8 @@ def unknown_classes(
         for rows in (known, as_dataset(unknown).without_labels())
     )
     inside, outside = _scores(one), _scores(other)
-    is_unknown = np.repeat([0, 1], [len(one.log_evidence), len(other.log_evidence)])
-    auroc = {
-        name: float(roc_auc_score(is_unknown, -np.concatenate([inside[name], outside[name]])))
-        for name in inside
-    }
-    return UnknownClasses(one, other, auroc)
+    areas = {name: auroc(-inside[name], -outside[name]).value for name in inside}
+    return UnknownClasses(one, other, areas)
 
 
 def _scores(posterior: LabelPosterior) -> dict[str, np.ndarray]:
