@@ -1,4 +1,4 @@
-"""Figures of some rows of a split."""
+"""Some rows of a split: which, what a pair is given of them, and their figures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae.data import Dataset
+from ppl_vae.draws import observed
 from ppl_vae.evaluation import Scored, inferred, score_rows
 from ppl_vae.model import GenerativeModel
 
@@ -46,6 +47,24 @@ def score_chosen(
         compile="auto",
         withheld=inferred(model, dataset, None),
     )
+
+
+def given(
+    model: GenerativeModel, dataset: Dataset, chosen: Tensor, *, split: str
+) -> dict[str, Tensor]:
+    """What the pair is given of these rows, on its device; labels that it infers are left out.
+
+    Raises:
+        ValueError: no column that the model observes, or a covariate is missing.
+    """
+    columns = observed(model, dataset.split(split), chosen, inferred(model, dataset, None))
+    if not columns.keys() & set(model.observables):
+        raise ValueError(
+            f"{type(model).__name__} observes {', '.join(model.observables)}, but the data have "
+            f"columns {', '.join(dataset.columns)}"
+        )
+    model.covariates_in(columns)  # all are there
+    return columns
 
 
 def numbers_of_rows(total: int, rows: int, seed: int) -> Tensor:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.checks.chosen import given, numbers_of_rows
 from ppl_vae.checks.fixed_latents import Coordinate, FixedLatents, differ
 from ppl_vae.checks.result import CheckResult, NotApplicable, Progress, silent
 from ppl_vae.data import as_dataset
-from ppl_vae.draws import held_out
-from ppl_vae.evaluation import inferred
 from ppl_vae.guide import Prior
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters
 from ppl_vae.objectives import backward, plain_elbo
@@ -69,17 +68,21 @@ def structure(
     """
     records: list[Record] = []
     with evaluating(seed, model, guide):
-        columns = _columns(model, data, split, rows, seed)
+        dataset = as_dataset(data)
+        chosen = numbers_of_rows(len(dataset.split(split)), rows, seed)
+        columns = given(model, dataset, chosen, split=split)
         held = len(next(iter(columns.values())))
         if held < 4:
             raise NotApplicable(f"{held} rows of {split!r}; halves to compare need at least 4")
         check_data(model, [columns])
         check_pair(model, guide, **columns)
         pair = FixedLatents(model, guide, columns, held, seed)
-        for who in ("model", "guide"):
-            records += [_scale(pair, who), *_rows(pair, who)]
-        progress(0.4)
-        records.append(_inputs(pair))
+        records += [_scale(pair, "model"), *_rows(pair, "model")]
+        try:
+            records += [_scale(pair, "guide"), *_rows(pair, "guide"), _inputs(pair)]
+        except NotImplementedError as error:  # it can score what it has drawn only
+            names = [f"{what} of the guide" for what in ("scale", "subsets", "rows", "inputs")]
+            records += [_record(name, "", str(error)) for name in names]
         progress(0.7)
         records += _gradients(pair)
     failed = [record for record in records if record["verdict"] == "fail"]
@@ -96,16 +99,6 @@ def structure(
         groups={},
         pictures={},
     )
-
-
-def _columns(
-    model: GenerativeModel, data: Any, split: str, rows: int, seed: int
-) -> dict[str, Tensor]:
-    """What the pair is given of some rows, labels that it infers being left out."""
-    dataset = as_dataset(data)
-    _, columns = held_out(model, dataset, split=split, rows=rows, seed=seed)
-    hidden = inferred(model, dataset, None)
-    return {name: column for name, column in columns.items() if name not in hidden}
 
 
 def _scale(pair: FixedLatents, who: str) -> Record:
@@ -253,7 +246,7 @@ def _gradients(pair: FixedLatents) -> list[Record]:
     before = {key: p.grad for key, p in parameters.items()}
     reached, broken = set[tuple[str, str]](), set[tuple[str, str]]()
     try:
-        for columns in _given(pair):
+        for columns in _variants(pair):
             for _ in range(_PASSES):
                 for p in parameters.values():
                     p.grad = None
@@ -283,7 +276,7 @@ def _gradients(pair: FixedLatents) -> list[Record]:
     return records
 
 
-def _given(pair: FixedLatents) -> list[dict[str, Tensor]]:
+def _variants(pair: FixedLatents) -> list[dict[str, Tensor]]:
     """What a fit may be given: the columns, and where labels are among others, all but those."""
     rest = {name: column for name, column in pair.columns.items() if name != "y"}
     seen = [name for name in rest if name in pair.model.observables]

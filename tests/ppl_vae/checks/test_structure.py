@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyro
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import nn
 from ppl_vae.checks.result import NotApplicable
 from ppl_vae.checks.structure import structure
 from ppl_vae.conditionals import Normal
+from ppl_vae.flows import Planar
 from ppl_vae.guide import Factorized, Prior
 from ppl_vae.guides.mean_field import MeanField
+from ppl_vae.guides.normalizing_flow import NormalizingFlow
 from ppl_vae.likelihoods import Gaussian
 from ppl_vae.models._template import Template
 from ppl_vae.models.conditional import BaselineNet
@@ -261,6 +265,16 @@ def test_a_conditional_model_without_a_latent():
     assert inapplicable == {
         f"{what} of the guide" for what in ("subsets", "rows", "inputs", "gradients")
     }
+
+
+def test_a_guide_that_scores_its_own_draws_only(x):
+    model, _ = ppca()
+    flow = partial(Planar, layers=2)
+    guide = NormalizingFlow(model, MLP(5, 8, 6), x=torch.zeros(2, 5), flow=flow)
+    result = structure(model, guide, as_test(x))
+    assert result.passed
+    assert {r["check"] for r in result.statistics} == CHECKS
+    assert "Planar" in detail(result, "rows of the guide")
 
 
 def test_parameters_without_a_gradient(x):
