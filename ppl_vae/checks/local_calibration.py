@@ -27,6 +27,7 @@ from ppl_vae.sites import evaluating
 
 _NAME = "local_calibration"
 _COMPONENTS = 10  # principal ones
+_ROUNDING = 1e-9  # share of the variance
 _PENALTIES = np.logspace(0, 5, 11)
 _SHOWN = 6
 _SIMPLE = 0.3  # rank correlation from which a summary of x says where
@@ -178,8 +179,11 @@ def _features(columns: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     if not x.shape[1]:
         raise NotApplicable("the data that the model emits are the same in every row")
     x = StandardScaler().fit_transform(x)
-    count = min(_COMPONENTS, *x.shape)
-    components = PCA(count, whiten=True, svd_solver="full").fit_transform(x)
+    pca = PCA(min(_COMPONENTS, *x.shape), random_state=0)
+    components = pca.fit_transform(x)
+    # One-hot labels, for one, have a direction in which nothing varies.
+    components = components[:, pca.explained_variance_ratio_ > _ROUNDING]
+    components = StandardScaler().fit_transform(components)
     size = np.sqrt(np.square(x).mean(1, keepdims=True))
     products = PolynomialFeatures(2, include_bias=False).fit_transform(components)
     return StandardScaler().fit_transform(np.concatenate([products, size], 1)), components

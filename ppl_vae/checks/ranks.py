@@ -76,7 +76,7 @@ def coverage(
     low, high = (1 - at_least, 1.0) if highest else ((1 - at_least) / 2, (1 + at_least) / 2)
     edges = np.linspace(0, 1, draws + 2)
     overlap = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    share = np.clip(overlap, 0, None) * (draws + 1)  # of each rank's cell, (K, 1 + draws)
+    share = np.clip(overlap * (draws + 1), 0, 1)  # of each rank's cell, (K, 1 + draws)
     found = share[:, ranks].mean(1)
     return found if np.ndim(nominal) else found[0]
 
