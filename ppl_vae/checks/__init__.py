@@ -14,12 +14,18 @@ import torch
 from xarray import DataTree
 
 from ppl_vae.arviz import to_arviz, versions
+from ppl_vae.checks.evidence import evidence
+from ppl_vae.checks.generalization import generalization
 from ppl_vae.checks.labels import label_calibration, label_posterior, unknown_classes
+from ppl_vae.checks.local_calibration import local_calibration
 from ppl_vae.checks.population_predictive import population_predictive
 from ppl_vae.checks.posterior_predictive import posterior_predictive
 from ppl_vae.checks.prior_predictive import prior_predictive
 from ppl_vae.checks.report import Report
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture
+from ppl_vae.checks.row_order import row_order
+from ppl_vae.checks.simulation_based_calibration import simulation_based_calibration
+from ppl_vae.checks.structure import structure
 from ppl_vae.checks.support import support
 from ppl_vae.data import as_dataset
 from ppl_vae.model import GenerativeModel
@@ -33,25 +39,37 @@ __all__ = [
     "Picture",
     "Report",
     "check",
+    "evidence",
+    "generalization",
     "label_calibration",
     "label_posterior",
+    "local_calibration",
     "population_predictive",
     "posterior_predictive",
     "prior_predictive",
+    "row_order",
+    "simulation_based_calibration",
+    "structure",
     "support",
     "unknown_classes",
 ]
 
 CHECKS: Mapping[str, Callable[..., CheckResult]] = {
     "support": support,
+    "structure": structure,
+    "row_order": row_order,
     "prior_predictive": prior_predictive,
     "population_predictive": population_predictive,
     "posterior_predictive": posterior_predictive,
+    "generalization": generalization,
+    "simulation_based_calibration": simulation_based_calibration,
+    "local_calibration": local_calibration,
+    "evidence": evidence,
     "label_calibration": label_calibration,
 }
 """The checks there are, by name, in the order in which they run."""
 
-EXACT = frozenset({"support"})
+EXACT = frozenset({"support", "structure"})
 """Those whose verdict no chance enters, so that they need no share of the error rate."""
 
 
