@@ -80,11 +80,11 @@ def anomaly_scores(
 
     In nats: "evidence", -log p(x) by importance sampling; "elbo"; its two parts "reconstruction",
     -E log p(x | z), and "kl"; "typicality", the distance of log p(x) from its mean over training
-    rows, since a row can also be too probable (Nalisnick et al. 2019, arXiv:1906.02994, eq. 5, for
-    a single row); "ratio", with a ``background``, -log p(x) + log p_background(x), so that what
-    both models know of backgrounds cancels (Ren et al. 2019, arXiv:1906.02845, eq. 5);
+    rows, since a row can also be too probable (Nalisnick et al. 2019, arXiv:1906.02994, for sets of
+    rows); "ratio", with a ``background``, -log p(x) + log p_background(x), so that what
+    both models know of backgrounds cancels (Ren et al. 2019, arXiv:1906.02845);
     "complexity", -log p(x) less the size of x compressed, the likelihood ratio to a universal coder
-    (Serrà et al. 2020, arXiv:1909.11480, eq. 2). Images of bytes are compressed as PNG, all else
+    (Serrà et al. 2020, arXiv:1909.11480). Images of bytes are compressed as PNG, all else
     by zlib, as stored: of floats, that is mostly noise.
 
     Baselines, which use no model: "gaussian", half the squared Mahalanobis distance under a
@@ -100,7 +100,7 @@ def anomaly_scores(
         reference_rows: training rows, chosen at random, whose mean evidence "typicality" takes;
             they cost as much as rows to score do.
         background: a pair fitted to rows of which only the background is alike, such as training
-            rows with some entries drawn at random (Ren et al., section 4.1).
+            rows with some entries drawn at random (Ren et al.).
         baseline: which of them to compute.
         site: the observable that is compressed, and that baselines see.
         memory: MiB that intermediate tensors may take.

@@ -79,7 +79,7 @@ def impute(
       nothing says so. Sites after x in the story do not act on it.
     - "metropolis" takes the guide's draw as a proposal, and accepts it with the probability
       that leaves the model's conditional as it is, whatever the guide (Mattei & Frellsen 2018,
-      arXiv:1802.04826, section 3 and algorithm 1).
+      arXiv:1802.04826, algorithm 1).
     - "resample" ends ``warmup`` sweeps of "gibbs" with importance sampling: a last draw of the
       latents gets the weight ``p(x_observed, z) / q(z | x_observed, x_missing)``, where x_missing
       is what the sweeps came to, and draws are taken in proportion to it (Rubin 1987,
