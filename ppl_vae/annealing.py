@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -51,6 +52,10 @@ GAIN = 0.7
 JITTER = 0.2
 """Each move's step size is drawn from 1 - JITTER to 1 + JITTER of the adapted one, since with a
 fixed one a trajectory can return to where it began (Neal 2011, section 3.2)."""
+
+
+RECORDING = 100
+"""As many evaluations as take about as long as recording one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,8 +372,7 @@ class _Count:
 
 
 class _Gradients:
-    """Log densities and gradients: recorded once, so that Pyro runs once, and compiled where that
-    saves time."""
+    """Log densities and gradients: recorded, so that Pyro runs once, and compiled, where it pays."""
 
     def __init__(self, density: Density, compile: Compile, count: _Count) -> None:
         self._density, self._compile, self._count = density, compile, count
@@ -404,11 +408,12 @@ class _Gradients:
         return start.detach(), joint.detach(), of_start, of_joint
 
     def _record(self, leaves: list[Tensor]) -> None:
-        try:
+        self._run = self._eagerly
+        if self._compile is not True and self._count.total < RECORDING:
+            return
+        with suppress(graphs.Untraceable):
             _, self._graph = graphs.record(self._eagerly, *leaves)
             self._run = self._graph
-        except graphs.Untraceable:
-            self._run = self._eagerly
 
     @staticmethod
     def _compiled(graph: graphs.Graph, leaves: list[Tensor]) -> graphs.Call:

@@ -12,7 +12,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ppl_vae.assignments import Assignments
-from ppl_vae.conditionals import unconstrain
 from ppl_vae.draws import particles
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
 from ppl_vae.sites import read_sites
@@ -93,9 +92,9 @@ class Density:
         flat: list[Tensor] = []
         for name, event in self._events.items():
             support = nodes[name]["fn"].support
-            value = z[name].expand(chains, rows, *event)
-            flat.append(unconstrain(value, support, event))
-            self._shapes[name] = dist.transforms.biject_to(support).inverse_shape(event)
+            own = dist.transforms.biject_to(support).inv(z[name].expand(chains, rows, *event))
+            self._shapes[name] = own.shape[2:]
+            flat.append(own.flatten(2) if own.dim() > 2 else own.unsqueeze(-1))
         return torch.cat(flat, -1)
 
     def __call__(self, u: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -141,8 +141,10 @@ def posterior_nodes(
             with plate:
                 nodes |= _enumerate(story, nodes, columns, enumerated, temperature)
         elif enumerated:
+            # Not replayed: a replayed value that depends on an enumerated one loses its dims.
+            values = {name: node["value"] for name, node in nodes.items()}
             inferred = infer_discrete(
-                plate(poutine.replay(story, trace=guide_trace)),
+                plate(poutine.condition(story, data=values)),
                 first_available_dim=-2 - nesting,
                 temperature=temperature,
             )
@@ -168,18 +170,12 @@ def shared_values(
 ) -> dict[str, Tensor]:
     """One draw of the global latents from the guide given the data, in the shape that they have in
     a run without particles."""
-    shared = {
-        name: site
-        for name, site in read_sites(model, **columns).items()
-        if not (site.local or site.observed)
-    }
+    shared = [s.name for s in read_sites(model, **columns).values() if not (s.local or s.observed)]
     if not shared:
         return {}
-    nodes, _ = posterior_nodes(model, guide, columns, draws=1)
-    return {
-        name: nodes[name]["value"].reshape(site.batch_shape + site.event_shape)
-        for name, site in shared.items()
-    }
+    with own_parameters(model, guide):
+        drawn = dict(sample_nodes(poutine.trace(guide).get_trace(**columns)))
+    return {name: drawn[name]["value"] for name in shared if name in drawn}
 
 
 def model_nodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ class Smoothed(NamedTuple):
         log_evidence: float64 ``(rows,)``, in nats.
         pareto_k: the shape of the weights' tail, float64 ``(rows,)``: above 0.7 neither this
             estimate nor the plain one is to be believed. -inf where all weights are alike; nan
-            where there are too few draws to tell (fewer than 25).
+            where there is no telling: of fewer than 25 draws, or where many weights are equal.
     """
 
     log_evidence: Tensor
@@ -128,12 +129,15 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
             k[row] = -math.inf
             continue
         try:
-            # Takes ratios the other way up, as those of leave-one-out are: the negated logs.
-            smoothed, shape = array_stats.psislw(-own)
-        except (ValueError, IndexError):  # fewer than five draws in the tail, or all alike
+            # Where many weights are equal, no law fits: nan, which is nothing to warn of.
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+                # Takes ratios the other way up, as those of leave-one-out are: the negated logs.
+                smoothed, shape = array_stats.psislw(-own)
+        except ValueError:  # fewer than five draws in the tail, or all of them alike
             continue
-        k[row] = float(shape)
-        # They come normalized; the median, which no smoothing touches, says by how much.
-        middle = own.argsort()[len(own) // 2]
-        evidence[row] = float(own[middle] - np.asarray(smoothed)[middle]) - math.log(len(own))
+        if np.isfinite(shape):
+            k[row] = float(shape)
+            # They come normalized; the median, which no smoothing touches, says by how much.
+            middle = own.argsort()[len(own) // 2]
+            evidence[row] = float(own[middle] - np.asarray(smoothed)[middle]) - math.log(len(own))
     return Smoothed(evidence, k)
