@@ -133,7 +133,7 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
             with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
                 # Takes ratios the other way up, as those of leave-one-out are: the negated logs.
                 smoothed, shape = array_stats.psislw(-own)
-        except ValueError:  # fewer than five draws in the tail, or all of them alike
+        except (ValueError, IndexError):  # fewer than five draws in the tail, or all alike
             continue
         if np.isfinite(shape):
             k[row] = float(shape)

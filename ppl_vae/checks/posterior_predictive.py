@@ -89,11 +89,17 @@ def _given_latents(
         own = one_draw(model, guide, {name: value[part] for name, value in columns.items()})
         # Global latents are drawn once, with the first rows.
         latents.append(own | {n: v for n, v in (latents or [own])[0].items() if not sites[n].local})
+
+    def emit(own: Mapping[str, Tensor], part: slice) -> dict[str, Any]:
+        some = {name: value[part] for name, value in given.items()}
+        return model_nodes(model, own, rows=part.stop - part.start, columns=some)
+
+    if len(observables) == 1:  # then its law is the same for all replicates: nets run once
+        (name,) = observables
+        laws = [emit(*one)[name]["fn"] for one in zip(latents, parts(rows, at_once), strict=True)]
+        for _ in range(replicates):
+            yield {name: torch.cat([law.sample() for law in laws])}
+        return
     for _ in range(replicates):
-        drawn: list[list[Tensor]] = []
-        for own, part in zip(latents, parts(rows, at_once), strict=True):
-            some = {name: value[part] for name, value in given.items()}
-            nodes = model_nodes(model, own, rows=part.stop - part.start, columns=some)
-            drawn.append([nodes[name]["value"] for name in observables])
-        columns_of = map(torch.cat, zip(*drawn, strict=True))
-        yield dict(zip(observables, columns_of, strict=True))
+        drawn = [emit(*one) for one in zip(latents, parts(rows, at_once), strict=True)]
+        yield {name: torch.cat([one[name]["value"] for one in drawn]) for name in observables}
