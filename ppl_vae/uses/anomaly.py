@@ -24,7 +24,7 @@ from ppl_vae.importance import parts
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import evaluating
 
-Baseline = Literal["gaussian", "mean", "nearest"]
+Baseline = Literal["nearest", "gaussian", "mean"]
 
 _SAID = {
     "evidence": "- log p(x), nats",
@@ -288,4 +288,4 @@ def _nearest(x: Tensor, train: Tensor) -> Tensor:
     return torch.cat(list(blocks))
 
 
-_BASELINES = {"gaussian": _gaussian, "mean": _mean, "nearest": _nearest}
+_BASELINES = {"nearest": _nearest, "gaussian": _gaussian, "mean": _mean}

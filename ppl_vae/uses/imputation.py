@@ -15,7 +15,7 @@ from ppl_vae.draws import model_nodes, rows_at_once
 from ppl_vae.importance import parts
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import evaluating
-from ppl_vae.uses.pairs import Pair, State, as_columns, entrywise_law, repeated, resample
+from ppl_vae.uses.pairs import Pair, as_columns, entrywise_law, repeated, resample
 from ppl_vae.weights import effective_samples, pareto_smoothed
 
 Method = Literal["metropolis", "gibbs", "resample"]
@@ -30,8 +30,8 @@ class Imputed:
             chains, those of the first chain first.
         missing: which entries were drawn, ``(rows, event)``.
         method: how.
-        acceptance: of "metropolis", the share of the guide's proposals that were accepted,
-            ``(rows,)``: near 0, chains stand still, and more sweeps or a better guide are needed.
+        acceptance: of "metropolis", the share of sweeps in which a draw of the guide was accepted,
+            ``(rows,)``: near 0, chains stand still, and need more ``tries`` or a better guide.
         ess: effective number of draws, ``(rows,)``: of a chain, for the mean over a row's missing
             entries; of "resample", of the importance weights. nan where it cannot be told.
         r_hat: of chains, for the same mean: above 1.01, they have not forgotten where they began
@@ -65,6 +65,7 @@ def impute(
     chains: int = 4,
     warmup: int = 100,
     thin: int = 1,
+    tries: int = 1,
     samples: int = 1000,
     start: Tensor | Literal["draw"] = "draw",
     site: str = "x",
@@ -79,7 +80,7 @@ def impute(
       nothing says so. Sites after x in the story do not act on it.
     - "metropolis" takes the guide's draw as a proposal, and accepts it with the probability
       that leaves the model's conditional as it is, whatever the guide (Mattei & Frellsen 2018,
-      arXiv:1802.04826, algorithm 1).
+      arXiv:1802.04826, algorithm 1). The first half of ``warmup`` is "gibbs", as they advise.
     - "resample" ends ``warmup`` sweeps of "gibbs" with importance sampling: a last draw of the
       latents gets the weight ``p(x_observed, z) / q(z | x_observed, x_missing)``, where x_missing
       is what the sweeps came to, and draws are taken in proportion to it (Rubin 1987,
@@ -97,6 +98,10 @@ def impute(
         chains: Markov chains of each row, each from a start of its own.
         warmup: sweeps before the first draw.
         thin: sweeps from one draw of a chain to the next.
+        tries: of "metropolis", the guide's draws among which, and the present latents, a sweep
+            chooses in proportion to their weights, as iterated importance resampling does (Andrieu,
+            Lee & Vihola 2018, Bernoulli 24, 842); of 1, Metropolis' rule. More help where
+            acceptance is low, at so many times the cost.
         samples: of "resample", importance draws a row.
         start: what the guide first sees in place of missing entries: "draw", rows that the model
             emits, or values, ``(event)`` or ``(rows, event)``, such as the training mean.
@@ -108,7 +113,15 @@ def impute(
             entries that are not independent given the latents; and as :class:`Pair`.
         PairError: the guide does not fit the model.
     """
-    _check(method, draws=draws, chains=chains, thin=thin, samples=samples, warmup=warmup + 1)
+    _check(
+        method,
+        draws=draws,
+        chains=chains,
+        thin=thin,
+        tries=tries,
+        samples=samples,
+        warmup=warmup + 1,
+    )
     with evaluating(seed, model, guide):
         given = as_columns(model, columns, site)
         x = given[site]
@@ -126,8 +139,8 @@ def impute(
                 found.append(_resampled(pair, some, gaps[part], draws, samples, warmup))
             else:
                 kept = math.ceil(draws / chains)
-                sweeps = _Sweeps(pair, some, gaps[part], chains, correct=method == "metropolis")
-                found.append(_chained(sweeps, kept, warmup, thin))
+                sweeps = _Sweeps(pair, some, gaps[part], chains, tries)
+                found.append(_chained(sweeps, method == "metropolis", kept, warmup, thin))
     return Imputed(
         draws=torch.cat([one.draws for one in found], 1),
         missing=gaps,
@@ -156,16 +169,17 @@ class _Sweeps:
     Args:
         columns: where an entry is missing, its first value.
         copies: how many chains of each row.
-        correct: whether the guide's proposals are accepted or not, as by Metropolis and Hastings.
+        tries: proposals of a corrected sweep.
 
     Attributes:
+        correct: whether the guide's proposals are weighed; at first they are taken as they come.
         columns: of all chains, ``(copies * rows, event)``.
     """
 
     def __init__(
-        self, pair: Pair, columns: Mapping[str, Tensor], gaps: Tensor, copies: int, *, correct: bool
+        self, pair: Pair, columns: Mapping[str, Tensor], gaps: Tensor, copies: int, tries: int = 1
     ) -> None:
-        self._pair, self.copies, self.correct = pair, copies, correct
+        self._pair, self.copies, self._tries, self.correct = pair, copies, tries, False
         self.columns = repeated(columns, copies)
         self.gaps = gaps.repeat(copies, *(1,) * (gaps.dim() - 1))
         # A start may lie off the support; from here on, what is missing is what the model emits.
@@ -175,34 +189,42 @@ class _Sweeps:
 
     def move(self) -> Tensor:
         """One sweep. Whether its proposals were accepted, ``(copies * rows,)``."""
-        proposed = self._pair.draw(self.columns)
         if not self.correct:
+            proposed = self._pair.draw(self.columns)
+            self._latents = proposed.values
             self.columns = self.filled(proposed.emitted.sample())
             return torch.ones_like(proposed.log_q, dtype=torch.bool)
-        current = self._pair.at(self.columns, self._latents)
-        accepted = _accept(proposed.log_weight - current.log_weight)
-        self._latents = {
-            name: _where(accepted, proposed.values[name], value)
-            for name, value in current.values.items()
-        }
-        drawn = _where(accepted, proposed.emitted.sample(), current.emitted.sample())
-        before, self.columns = self.columns, self.filled(drawn)
+        moved = self._choose()
+        emitted = self._pair.emitted(self.columns, self._latents)
+        before, self.columns = self.columns, self.filled(emitted.sample())
         if self._pair.after:
-            self._accept_entries(before, accepted, proposed, current)
-        return accepted
+            self._accept_entries(before, emitted)
+        return moved
 
-    def _accept_entries(
-        self, before: Mapping[str, Tensor], accepted: Tensor, proposed: State, current: State
-    ) -> None:
+    def _choose(self) -> Tensor:
+        """Latents anew, given whole rows. Whether they are others, ``(copies * rows,)``."""
+        current = self._pair.at(self.columns, self._latents)
+        moved = torch.zeros_like(current.log_q, dtype=torch.bool)
+        total = current.log_weight
+        for _ in range(self._tries):
+            proposed = self._pair.draw(self.columns)
+            if self._tries > 1:  # of all so far, one in proportion to its weight
+                total = torch.logaddexp(total, proposed.log_weight)
+            accepted = _accept(proposed.log_weight - total)
+            self._latents = {
+                name: _where(accepted, proposed.values[name], value)
+                for name, value in self._latents.items()
+            }
+            moved = moved | accepted
+        return moved
+
+    def _accept_entries(self, before: Mapping[str, Tensor], emitted: Any) -> None:
         """Entries were drawn from p(x | z); what comes after x has a say too."""
         site = self._pair.site
 
         def rest(columns: Mapping[str, Tensor]) -> Tensor:
-            own, other = (
-                log_missing(one.emitted, columns[site], self.gaps) for one in (proposed, current)
-            )
             joint = self._pair.log_joint(columns, self._latents)
-            return joint - torch.where(accepted, own, other)
+            return joint - log_missing(emitted, columns[site], self.gaps)
 
         kept = _accept(rest(self.columns) - rest(before))
         self.columns[site] = _where(kept, self.columns[site], before[site])
@@ -217,9 +239,12 @@ class _Sweeps:
         return self.columns[self._pair.site].unflatten(0, (self.copies, -1))
 
 
-def _chained(sweeps: _Sweeps, kept: int, warmup: int, thin: int) -> _Part:
-    for _ in range(warmup):
+def _chained(sweeps: _Sweeps, correct: bool, kept: int, warmup: int, thin: int) -> _Part:
+    for sweep in range(warmup):
+        # Far from where rows are likely, proposals would hardly be accepted.
+        sweeps.correct = correct and sweep >= warmup // 2
         sweeps.move()
+    sweeps.correct = correct
     states: list[Tensor] = []
     accepted: list[Tensor] = []
     for _ in range(kept):
@@ -246,7 +271,7 @@ def _resampled(
     samples: int,
     warmup: int,
 ) -> _Part:
-    sweeps = _Sweeps(pair, columns, gaps, samples, correct=False)
+    sweeps = _Sweeps(pair, columns, gaps, samples)
     for _ in range(warmup):
         sweeps.move()
     proposed = pair.draw(sweeps.columns)

@@ -106,6 +106,10 @@ class Pair:
         evidence = torch.stack([s.log_rest + s.log_x for s in tried]).logsumexp(0)
         return state._replace(log_q=log_q + state.log_rest + state.log_x - evidence)
 
+    def emitted(self, columns: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Any:
+        """The observable's distribution given these latents, batch ``(rows,)``."""
+        return self._weigh(columns, values, torch.zeros(())).emitted
+
     def log_joint(self, columns: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """log p(x, z) of each row, ``(rows,)``."""
         state = self._weigh(columns, values, torch.zeros(()))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.conjugate import exact
+from ppl_vae import zoo
 from ppl_vae.guide import Factorized, Prior
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.models.auxiliary import ADGM
@@ -78,6 +79,10 @@ def test_a_wrong_guide_misleads_gibbs_but_neither_metropolis_nor_resampling(mode
     assert z_scores(model, x, corrected).max() < 4
     assert corrected.acceptance is not None
     assert (corrected.acceptance < 0.8).all()
+    tried = impute(model, guide, x, GAPS, method="metropolis", tries=4, **MANY)
+    assert z_scores(model, x, tried).max() < 4
+    assert tried.acceptance is not None
+    assert (tried.acceptance > corrected.acceptance).all()
     weighed = impute(model, guide, x, GAPS, method="resample", draws=500, samples=20_000, warmup=1)
     assert z_scores(model, x, weighed).max() < 4
     assert (weighed.ess < 10_000).all()
@@ -185,6 +190,22 @@ def test_a_whole_event_can_be_missing_where_its_entries_depend_on_each_other(pro
         impute(model, Prior(model), x, torch.tensor([True, False]))
 
 
+@pytest.mark.parametrize("name", zoo.models())
+def test_every_model_of_the_zoo_can_be_imputed(name, float64):
+    torch.manual_seed(0)
+    model = zoo.models()[name].toy()
+    columns = model.observed(model.simulate(4, **model.example_covariates(4)))
+    gaps = torch.zeros(columns["x"].shape, dtype=torch.bool)
+    gaps[1:, :2] = True
+    for method in ("metropolis", "gibbs", "resample"):
+        found = impute(
+            model, Prior(model), columns, gaps, method=method, draws=8, samples=20, warmup=2
+        )
+        assert found.draws.shape == (8, *gaps.shape)
+        assert torch.equal(found.draws[:, 0], columns["x"][0].expand(8, *gaps.shape[1:]))
+        assert model.training
+
+
 def test_a_model_with_a_latent_after_x_runs(float64):
     model = ADGM.toy()
     torch.manual_seed(0)
@@ -211,6 +232,7 @@ def test_repeatable_leaves_the_random_state_and_hides_what_is_missing(model, x):
     [
         ({"method": "guess"}, "expected one of"),
         ({"draws": 0}, "draws is too small"),
+        ({"tries": 0}, "tries is too small"),
         ({"missing": GAPS.double()}, "expected bool"),
         ({"missing": GAPS[:2]}, "missing has shape"),
         ({"missing": ~GAPS & GAPS}, "nothing to impute"),
