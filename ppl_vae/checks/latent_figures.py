@@ -67,6 +67,8 @@ def sensitivity(result: CheckResult) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     left.axvline(result.settings["tolerance"], color="black", linestyle="--", linewidth=1)
     left.set_yticks(place, [record["site"] for record in records])
+    for name, shade in zip(left.get_yticklabels(), color, strict=True):
+        name.set_color(shade if shade == "C3" else "black")  # a KL of 0 has no bar
     figure.suptitle(
         f"What depends on each site: {result.settings['rows']} held-out rows "
         f"({result.settings['split']})",
