@@ -10,9 +10,7 @@ an exact draw of the posterior, which only simulated data come with, it bounds l
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,18 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vae import graphs
 from ppl_vae.density import Density, Start
 from ppl_vae.draws import shared_values
-from ppl_vae.importance import (
-    CACHED,
-    COMPILING,
-    SAVED,
-    Compile,
-    OutputBytes,
-    evenly,
-    parts,
-)
+from ppl_vae.hmc import Count, Gradients, Hmc, State
+from ppl_vae.importance import CACHED, Compile, OutputBytes, evenly, parts
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import evaluating
 
@@ -48,14 +38,6 @@ WARM_UP = 10
 
 GAIN = 0.7
 """What a move of the preliminary run adds to a log step size, times acceptance above TARGET."""
-
-JITTER = 0.2
-"""Each move's step size is drawn from 1 - JITTER to 1 + JITTER of the adapted one, since with a
-fixed one a trajectory can return to where it began (Neal 2011, section 3.2)."""
-
-
-RECORDING = 100
-"""As many evaluations as take about as long as recording one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +74,7 @@ def annealed_log_evidence(
     *,
     temperatures: int = 500,
     chains: int = 8,
-    leapfrog: int = 10,
+    leapfrog: int = 5,
     start: Start = "prior",
     latents: Mapping[str, Tensor] | None = None,
     step_sizes: Tensor | None = None,
@@ -142,15 +124,15 @@ def annealed_log_evidence(
         size = _rows_at_once(density, columns, chains, rows)
         moves = temperatures - 1 + (_pilot(temperatures) + WARM_UP if step_sizes is None else 0)
         blocks = math.ceil(rows / size)
-        count = _Count(moves * leapfrog * blocks, progress)
-        gradients = _Gradients(density, compile, count)
+        count = Count(moves * leapfrog * blocks, progress)
+        gradients = Gradients(density, compile, count)
         betas = schedule(temperatures)
         done: list[_Chains] = []
         for part in parts(rows, size):
             # A last block of the same size as the others: programs are for fixed shapes.
             block = slice(part.stop - min(size, part.stop), part.stop)
             own = {name: column[block] for name, column in columns.items()}
-            hmc = _Hmc(partial(gradients, own), leapfrog)
+            hmc = Hmc(partial(gradients, own), leapfrog)
             if step_sizes is None:
                 steps = _adapted(hmc, density.draw(own, chains), betas)
             else:
@@ -235,73 +217,13 @@ def schedule(temperatures: int) -> list[float]:
     return ((ends - ends[0]) / (ends[-1] - ends[0])).tolist()
 
 
-class Energies(NamedTuple):
-    """Log densities of the start and of p(x, z), float64 ``(chains, rows)``, and their gradients,
-    ``(chains, rows, U)``."""
-
-    start: Tensor
-    joint: Tensor
-    start_gradient: Tensor
-    joint_gradient: Tensor
-
-    def at(self, beta: float) -> Tensor:
-        return (1 - beta) * self.start + beta * self.joint
-
-    def gradient_at(self, beta: float) -> Tensor:
-        return (1 - beta) * self.start_gradient + beta * self.joint_gradient
-
-    def where(self, chosen: Tensor, other: Energies) -> Energies:
-        """This where ``chosen`` ``(chains, rows)``, else the other."""
-        pairs = zip(self, other, strict=True)
-        return Energies(*(_where(chosen, mine, theirs) for mine, theirs in pairs))
-
-
-class _State(NamedTuple):
-    u: Tensor
-    energies: Energies
-
-
-class _Hmc:
-    """Moves of Hamiltonian Monte Carlo with unit mass."""
-
-    def __init__(self, energies: Callable[[Tensor], Energies], leapfrog: int) -> None:
-        self._energies, self._leapfrog = energies, leapfrog
-
-    def state(self, u: Tensor) -> _State:
-        return _State(u, self._energies(u))
-
-    def move(self, state: _State, beta: float, step: Tensor) -> tuple[_State, Tensor]:
-        """One move that leaves the density at ``beta`` as it is, and the probability of its
-        acceptance, ``(chains, rows)``.
-
-        Args:
-            step: sizes, ``(rows,)``.
-        """
-        size = (step * (1 + JITTER * (2 * torch.rand_like(step) - 1))).unsqueeze(-1)
-        u, energies = state
-        momentum = torch.randn_like(u)
-        before = energies.at(beta) - _kinetic(momentum)
-        momentum = momentum + size / 2 * energies.gradient_at(beta)
-        for left in range(self._leapfrog - 1, -1, -1):
-            u = u + size * momentum
-            energies = self._energies(u)
-            kick = size if left else size / 2
-            momentum = momentum + kick * energies.gradient_at(beta)
-        change = energies.at(beta) - _kinetic(momentum) - before
-        # A trajectory that has left for infinity, or for nan, is refused.
-        probability = change.clamp(max=0).exp().nan_to_num(0.0)
-        accepted = torch.rand_like(probability) < probability
-        there = _State(_where(accepted, u, state.u), energies.where(accepted, state.energies))
-        return there, probability
-
-
 class _Chains(NamedTuple):
     estimates: Tensor
     acceptance: Tensor
     step_sizes: Tensor
 
 
-def _forward(hmc: _Hmc, u: Tensor, betas: list[float], steps: Tensor) -> _Chains:
+def _forward(hmc: Hmc, u: Tensor, betas: list[float], steps: Tensor) -> _Chains:
     state = hmc.state(u)
     total = torch.zeros_like(state.energies.joint)
     accepted = torch.zeros_like(total)
@@ -313,7 +235,7 @@ def _forward(hmc: _Hmc, u: Tensor, betas: list[float], steps: Tensor) -> _Chains
     return _Chains(total, accepted.mean(0) / len(steps), steps)
 
 
-def _reverse(hmc: _Hmc, u: Tensor, betas: list[float], steps: Tensor) -> _Chains:
+def _reverse(hmc: Hmc, u: Tensor, betas: list[float], steps: Tensor) -> _Chains:
     """The forward chain's moves, each one reversible, in the opposite order."""
     state = hmc.state(u)
     total = torch.zeros_like(state.energies.joint)
@@ -326,13 +248,13 @@ def _reverse(hmc: _Hmc, u: Tensor, betas: list[float], steps: Tensor) -> _Chains
     return _Chains(total, accepted.mean(0) / len(steps), steps)
 
 
-def _increment(state: _State, difference: float) -> Tensor:
+def _increment(state: State, difference: float) -> Tensor:
     """What one temperature adds to a log weight; -inf where the model gives no probability."""
     ratio = state.energies.joint - state.energies.start
     return (difference * ratio).nan_to_num(-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
-def _adapted(hmc: _Hmc, u: Tensor, betas: list[float]) -> Tensor:
+def _adapted(hmc: Hmc, u: Tensor, betas: list[float]) -> Tensor:
     """Step sizes ``(temperatures - 1, rows)`` from a run along some of the temperatures."""
     state = hmc.state(u)
     moved = len(betas) - 2
@@ -359,76 +281,6 @@ def _pilot(temperatures: int) -> int:
     return min(temperatures - 1, max(20, temperatures // PILOT))
 
 
-class _Count:
-    """Counts evaluations, and shows what share of them is done."""
-
-    def __init__(self, total: int, show: Callable[[float], None]) -> None:
-        self.done, self.total, self._show = 0, total, show
-
-    def add(self) -> None:
-        self.done += 1
-        if self.done % max(1, self.total // 200) == 0:
-            self._show(min(1.0, self.done / self.total))
-
-
-class _Gradients:
-    """Log densities and gradients: recorded, so that Pyro runs once, and compiled, where it pays."""
-
-    def __init__(self, density: Density, compile: Compile, count: _Count) -> None:
-        self._density, self._compile, self._count = density, compile, count
-        self._names: list[str] = []
-        self._graph: graphs.Graph | None = None
-        self._run: graphs.Call | None = None
-        self._seconds: list[float] = []
-
-    def __call__(self, columns: Mapping[str, Tensor], u: Tensor) -> Energies:
-        self._names = list(columns)
-        leaves = [u.contiguous(), *(column.contiguous() for column in columns.values())]
-        if self._run is None:
-            self._record(leaves)
-        elif self._graph is not None and self._pays():
-            self._run = self._compiled(self._graph, leaves)
-            self._graph = None
-        start = time.perf_counter()
-        assert self._run is not None
-        energies = Energies(*self._run(*leaves))
-        if self._graph is not None:
-            if u.is_cuda:
-                torch.cuda.synchronize(u.device)
-            self._seconds.append(time.perf_counter() - start)
-        self._count.add()
-        return energies
-
-    def _eagerly(self, u: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            start, joint = self._density(u, dict(zip(self._names, columns, strict=True)))
-            (of_start,) = torch.autograd.grad(start.sum(), u, retain_graph=True)
-            (of_joint,) = torch.autograd.grad(joint.sum(), u)
-        return start.detach(), joint.detach(), of_start, of_joint
-
-    def _record(self, leaves: list[Tensor]) -> None:
-        self._run = self._eagerly
-        if self._compile is not True and self._count.total < RECORDING:
-            return
-        with suppress(graphs.Untraceable):
-            _, self._graph = graphs.record(self._eagerly, *leaves)
-            self._run = self._graph
-
-    @staticmethod
-    def _compiled(graph: graphs.Graph, leaves: list[Tensor]) -> graphs.Call:
-        try:
-            return graph.compile(*leaves)
-        except graphs.Untraceable:
-            return graph
-
-    def _pays(self) -> bool:
-        if self._compile == "auto":
-            left = self._count.total - self._count.done
-            return min(self._seconds[1:], default=0.0) * left * SAVED > COMPILING
-        return self._compile is True
-
-
 def _rows_at_once(density: Density, columns: Mapping[str, Tensor], chains: int, rows: int) -> int:
     """Rows whose chains fit into the cache together, or on a GPU, into a few hundred MiB."""
     few = {name: column[:2] for name, column in columns.items()}
@@ -439,15 +291,6 @@ def _rows_at_once(density: Density, columns: Mapping[str, Tensor], chains: int, 
     each = max(1, 2 * made.bytes // (u.shape[0] * u.shape[1]))
     memory = 8 * CACHED if u.is_cuda else CACHED
     return evenly(rows, max(1, memory // (each * chains)))
-
-
-def _kinetic(momentum: Tensor) -> Tensor:
-    return momentum.double().square().sum(-1) / 2
-
-
-def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a`` or ``b`` by chain and row."""
-    return torch.where(chosen.reshape(*chosen.shape, *(1,) * (a.dim() - 2)), a, b)
 
 
 def _check(

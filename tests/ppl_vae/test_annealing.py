@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppl_vae import annealing, graphs
+from ppl_vae import annealing, graphs, hmc
 from ppl_vae.annealing import Annealed, annealed_log_evidence, bidirectional, schedule
 from ppl_vae.density import Density, NotAnnealable
 from ppl_vae.guide import Factorized, Prior
@@ -213,17 +213,17 @@ def test_hmc_leaves_the_posterior_as_it_is(linear):
     chains, posterior = 4000, model.posterior(x)
     with evaluating(1, model, guide):
         density = Density(model, guide, {"x": x}, start="prior", given={})
-        count = annealing._Count(1000, lambda done: None)
-        gradients = annealing._Gradients(density, False, count)
-        hmc = annealing._Hmc(lambda u: gradients({"x": x}, u), leapfrog=3)
+        count = hmc.Count(1000, lambda done: None)
+        gradients = hmc.Gradients(density, False, count)
+        moves = hmc.Hmc(lambda u: gradients({"x": x}, u), leapfrog=3)
         before = posterior.sample((chains,))
-        state = hmc.state(before)
+        state = moves.state(before)
         for _ in range(6):
-            state, accepted = hmc.move(state, 1.0, torch.tensor([0.3, 0.5, 0.7]))
+            state, accepted = moves.move(state, 1.0, torch.tensor([0.3, 0.5, 0.7]))
         # Where it was not, it arrives.
-        far = hmc.state(torch.full_like(before, 2.0))
+        far = moves.state(torch.full_like(before, 2.0))
         for _ in range(60):
-            far, _ = hmc.move(far, 1.0, torch.tensor([0.3, 0.3, 0.3]))
+            far, _ = moves.move(far, 1.0, torch.tensor([0.3, 0.3, 0.3]))
     assert 0.3 < accepted.mean() < 0.97
     for u in (state.u, far.u):
         centered = (u - posterior.loc).detach()
@@ -301,7 +301,7 @@ def test_one_seed_is_one_result_and_the_random_state_stays(linear):
 
 
 def test_run_by_python_recorded_or_compiled_the_result_is_the_same(linear, monkeypatch):
-    monkeypatch.setattr(annealing, "RECORDING", 0)
+    monkeypatch.setattr(hmc, "RECORDING", 0)
     recorded = few(linear)
     compiled = few(linear, compile=True)
     torch.testing.assert_close(recorded.estimates, compiled.estimates)
@@ -317,10 +317,8 @@ def test_rows_are_annealed_in_blocks_of_one_size(linear, monkeypatch):
     model, _, drawn = linear
     monkeypatch.setattr(annealing, "_rows_at_once", lambda *_: 7)
     shapes: list[torch.Size] = []
-    run = annealing._Hmc.state
-    monkeypatch.setattr(
-        annealing._Hmc, "state", lambda self, u: shapes.append(u.shape) or run(self, u)
-    )
+    run = hmc.Hmc.state
+    monkeypatch.setattr(hmc.Hmc, "state", lambda self, u: shapes.append(u.shape) or run(self, u))
     shown: list[float] = []
     found = few(linear, temperatures=40, chains=6, progress=shown.append)
     assert set(shapes) == {torch.Size([6, 7, 2])}

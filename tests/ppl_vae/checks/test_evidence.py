@@ -14,7 +14,8 @@ from torch import nn
 
 from ppl_vae import zoo
 from ppl_vae.checks import NotApplicable
-from ppl_vae.checks.evidence import agreement, draws_shown, evidence
+from ppl_vae.checks.evidence import agreement, evidence
+from ppl_vae.checks.evidence_report import draws_shown
 from ppl_vae.guide import Factorized, Prior
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.models._template import Template
