@@ -257,13 +257,25 @@ def evaluate_command(
             show(name.replace("_", " "), 4, scores[name], errors["labels"][source].get(name))
 
 
-def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool = False) -> None:
-    """Check a run: does data from the fitted model look like held-out data?
+def check_command(
+    run: Path,
+    only: str | None = None,
+    split: Literal["train", "validation", "test"] = "test",
+    level: float = 0.05,
+    seed: int = 0,
+    device: Device = "auto",
+    json: bool = False,
+) -> None:
+    """Check a run: does the model fit, can the guide be believed, how large is the evidence?
 
-    Where labels were withheld, also: are their probabilities right?
+    Writes report/index.html, one page with verdicts first; report/idata.nc, draws and importance
+    weights as ArviZ's DataTree; report/check.json, all figures; and report/figures.
 
     Args:
         run: folder of the run; the report goes to its folder ``report``.
+        only: names of checks, parted by commas. Default: all that apply.
+        split: the rows to check against.
+        level: probability that the report as a whole fails a pair without a fault.
         seed: of the draws.
         device: where to compute.
         json: print JSON.
@@ -272,13 +284,22 @@ def check_command(run: Path, seed: int = 0, device: Device = "auto", json: bool 
     from ppl_vae.recipes import load
 
     fitted = load(run, device=device)
-    report = check(fitted.model, fitted.guide, fitted.data, seed=seed, progress=not json)
-    report.save(run / "report")
+    report = check(
+        fitted.model,
+        fitted.guide,
+        fitted.data,
+        only=_parted(only),
+        split=split,
+        level=level,
+        seed=seed,
+        progress=not json,
+        out=run / "report",
+    )
     if json:
         print(json_.dumps(report.to_json(), indent=2))
     else:
         print(report)
-        print(run / "report")
+        print(run / "report" / "index.html")
 
 
 def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:

@@ -32,6 +32,7 @@ def pareto_k(result: CheckResult) -> Figure:
     right.axvline(RELIABLE, color="0.5", linestyle="--", linewidth=1)
     left.set(xlabel="rows, sorted", ylabel="Pareto-k")
     right.set(xlabel="Pareto-k", ylabel=f"effective draws of {settings['samples']}", yscale="log")
+    right.set_ylim(0.8, 1.25 * settings["samples"])  # also where no row is shown
     alike = int(np.isneginf(k).sum())
     aside = f"; {alike} with weights all alike are not shown" if alike else ""
     share = float((k > RELIABLE).mean())

@@ -19,18 +19,38 @@ from ppl_vae.checks.replication import (
     shown,
 )
 from ppl_vae.checks.result import CheckResult, Progress, silent
-from ppl_vae.checks.statistics import Statistic, distance_to, told_apart
+from ppl_vae.checks.statistics import (
+    OF_ROWS,
+    STATISTICS,
+    Statistic,
+    distance_to,
+    told_apart,
+)
 from ppl_vae.data import Dataset, as_dataset
 from ppl_vae.draws import held_out, unobserved_sites
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import check_data, check_pair, evaluating
 
-ADVICE = (
-    "Where latents drawn from the prior are at fault, try a learned prior (mixture, VampPrior, "
-    "flow); where dispersion, zeros or whole numbers are, another likelihood; where the distance "
-    "to training rows is, a smaller decoder or a shorter fit; where both training and held-out "
-    "ELBO are still rising, a longer one."
+_PRIOR = (
+    "Where totals or dependence differ, latents drawn from the prior are not those of real rows: "
+    "try a learned prior (mixture, VampPrior, flow), or more latents."
 )
+_LIKELIHOOD = (
+    "Where spread, zeros, whole numbers or extremes differ, try another likelihood, or a learned "
+    "scale."
+)
+ADVICE = {
+    "mean": "Where the mean differs, a longer fit may help, if the ELBO is still rising.",
+    **dict.fromkeys([*STATISTICS][1:], _LIKELIHOOD),
+    **dict.fromkeys(OF_ROWS, _PRIOR),
+    "frequency": "Where classes differ in frequency, learn the labels' prior, or set it.",
+    "distance to training rows": (
+        "Where rows are nearer to training rows than held-out ones are, the decoder has learned "
+        "them by heart: take a smaller one, or a shorter fit; where they are farther, look at "
+        "samples."
+    ),
+    "log-odds of being real": "A classifier tells the model's rows from real ones: see samples.",
+}
 CAPTION = (
     "Each statistic over data sets from the model, and its value in the data: a line in the tail "
     "is a way in which the model differs; try the prior where totals differ, the likelihood where "

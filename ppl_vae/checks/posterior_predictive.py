@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.checks.population_predictive import ADVICE
 from ppl_vae.checks.replication import Columns, check_settings, compare, compared
 from ppl_vae.checks.result import CheckResult, Progress, silent
-from ppl_vae.checks.statistics import Statistic
+from ppl_vae.checks.statistics import OF_ROWS, Statistic
 from ppl_vae.draws import held_out, model_nodes, one_draw, rows_at_once, unobserved_sites
 from ppl_vae.importance import parts
 from ppl_vae.model import GenerativeModel
@@ -62,10 +63,11 @@ def posterior_predictive(
             level=level,
             settings={"split": split, "seed": seed},
             against="replicates of the same rows",
-            advice=(
-                "Where spread, zeros or extremes are at fault, try another likelihood, or a "
-                "learned scale; where means and totals are, more latents, or a guide that keeps "
-                "more of x."
+            advice=ADVICE
+            | dict.fromkeys(
+                ("mean", *OF_ROWS),
+                "Where means, totals or dependence differ, rows' latents do not explain them: try "
+                "more latents, a larger decoder, or a guide that keeps more of x.",
             ),
             caption=(
                 "Each statistic over replicates drawn given one draw of the rows' latents, and its "

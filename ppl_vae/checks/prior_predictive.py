@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ppl_vae.checks.population_predictive import CAPTION
+from ppl_vae.checks.population_predictive import ADVICE, CAPTION
 from ppl_vae.checks.replication import check_settings, compare, compared, from_the_start
 from ppl_vae.checks.result import CheckResult, NotApplicable, Progress, silent
 from ppl_vae.checks.statistics import Statistic
@@ -68,7 +68,7 @@ def prior_predictive(
             level=level,
             settings={"split": split, "seed": seed},
             against="data sets that the priors emit",
-            advice="Where the data are far outside, the priors of global latents are too narrow.",
+            advice=ADVICE,
             caption=CAPTION,
             progress=progress,
         )

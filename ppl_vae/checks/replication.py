@@ -156,7 +156,7 @@ def compare(
     level: float,
     settings: Mapping[str, Any],
     against: str,
-    advice: str,
+    advice: Mapping[str, str],
     caption: str,
     progress: Progress,
 ) -> CheckResult:
@@ -164,7 +164,7 @@ def compare(
 
     Args:
         against: what the replicates are, for people: "data sets that the model emits".
-        advice: what to try where they differ.
+        advice: what to try, by the statistic that differs ("frequency" stands for all classes').
 
     Raises:
         ValueError: a replicate that is not finite, a statistic that is not one number, or none
@@ -269,7 +269,7 @@ def _meaning(
     records: list[dict[str, Any]],
     data: str,
     against: str,
-    advice: str,
+    advice: Mapping[str, str],
 ) -> str:
     missing = [r["statistic"] for r in records if r["note"].startswith("nan")]
     aside = f" Not computable: {', '.join(missing)}." if missing else ""
@@ -279,12 +279,19 @@ def _meaning(
             f"{start} look like {data} in every statistic compared; other differences may "
             f"remain.{aside}"
         )
+    failed = sorted(failed, key=lambda r: r["p_adjusted"])
     found = ", ".join(
         f"{r['statistic']} too {'low' if r['replicated_mean'] < r['observed'] else 'high'} "
         f"({r['replicated_mean']:.4g} against {r['observed']:.4g})"
-        for r in sorted(failed, key=lambda r: r["p_adjusted"])
+        for r in failed
     )
-    return f"{start} differ from {data}: {found}. {advice}{aside}"
+    try_ = " ".join(dict.fromkeys(_advised(r["statistic"], advice) for r in failed)).strip()
+    return f"{start} differ from {data}: {found}. {try_}{aside}"
+
+
+def _advised(statistic: str, advice: Mapping[str, str]) -> str:
+    name = statistic.rpartition(": ")[2]  # without the observable
+    return advice.get("frequency" if name.startswith("frequency") else name, "")
 
 
 def _groups(

@@ -53,7 +53,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return "\n".join(f"{r.name}: {r.verdict}. {r.meaning}" for r in self.results)
+        lines = [f"{r.name}: {r.verdict}. {r.meaning}" for r in self.results]
+        return "\n".join([*lines, *(f"{n}: skipped. {why}" for n, why in self.skipped.items())])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the report into a folder.
