@@ -144,7 +144,7 @@ def each_figure(
             drawn, figures = draw_all(guide, batch, _size(some), assignments, given)
             yield figures, some, part
             for (d, new_d), (r, new_r) in product(
-                _overlapping(_size(some), draws_a_chunk), _overlapping(_size(part), rows_a_chunk)
+                overlapping(_size(some), draws_a_chunk), overlapping(_size(part), rows_a_chunk)
             ):
                 chunk = {name: column[r] for name, column in batch.items()}
                 own = [_cut(one, d, r) for one in drawn]
@@ -391,10 +391,10 @@ def parts(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
-def _overlapping(total: int, step: int) -> Iterator[tuple[slice, slice]]:
+def overlapping(total: int, step: int) -> Iterator[tuple[slice, slice]]:
     """Slices of exactly ``step``, if there are so many, each with the part of it that is new.
 
-    >>> list(_overlapping(5, 3))
+    >>> list(overlapping(5, 3))
     [(slice(0, 3, None), slice(0, 3, None)), (slice(2, 5, None), slice(1, 3, None))]
     """
     for part in parts(total, step):
