@@ -14,9 +14,11 @@ import torch
 from xarray import DataTree
 
 from ppl_vae.arviz import to_arviz, versions
+from ppl_vae.checks.aggregate_posterior import aggregate_posterior
 from ppl_vae.checks.evidence import evidence
 from ppl_vae.checks.generalization import generalization
 from ppl_vae.checks.labels import label_calibration, label_posterior, unknown_classes
+from ppl_vae.checks.latent_use import latent_use
 from ppl_vae.checks.local_calibration import local_calibration
 from ppl_vae.checks.population_predictive import population_predictive
 from ppl_vae.checks.posterior_predictive import posterior_predictive
@@ -38,11 +40,13 @@ __all__ = [
     "NotApplicable",
     "Picture",
     "Report",
+    "aggregate_posterior",
     "check",
     "evidence",
     "generalization",
     "label_calibration",
     "label_posterior",
+    "latent_use",
     "local_calibration",
     "population_predictive",
     "posterior_predictive",
@@ -64,6 +68,8 @@ CHECKS: Mapping[str, Callable[..., CheckResult]] = {
     "generalization": generalization,
     "simulation_based_calibration": simulation_based_calibration,
     "local_calibration": local_calibration,
+    "latent_use": latent_use,
+    "aggregate_posterior": aggregate_posterior,
     "evidence": evidence,
     "label_calibration": label_calibration,
 }
