@@ -85,7 +85,7 @@ def marginals(result: CheckResult) -> Figure:
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = empty(2.9 * columns, 2.3 * lines + 0.9)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for ax, record in zip(axes, shown, strict=False):
         of_prior, of_rows = (
             group[name].sel(coordinate=record["name"]).values for name in ("prior", "aggregate")
@@ -99,7 +99,7 @@ def marginals(result: CheckResult) -> Figure:
         ax.set_title(f"{record['name']}: KL {record['kl']:.2g} nats", fontsize=9)
         ax.set_yticks([])
         ax.spines[["top", "right", "left"]].set_visible(False)
-    for ax in list(axes)[len(shown) :]:
+    for ax in axes[len(shown) :]:
         ax.set_visible(False)
     first = figure.axes[0]
     figure.legend(
