@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.conjugate import BetaBinomial, Clusters, GammaPoisson, TwoModes, exact
 from ppl_vae.data import Dataset, as_dataset
-from ppl_vae.guide import Factorized, Prior
+from ppl_vae.guide import Factorized
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.model import GenerativeModel
@@ -173,7 +173,7 @@ def _collapsed() -> Case:
     likelihood: Any = (model := ppca()).likelihood
     with torch.no_grad():
         likelihood.net.weight.zero_()
-    return model, Prior(model), rows_of(model)
+    return model, exact(model), rows_of(model)
 
 
 def _overfitted() -> Case:
