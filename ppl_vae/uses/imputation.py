@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from ppl_vae.draws import model_nodes, rows_at_once
 from ppl_vae.importance import parts
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import evaluating
-from ppl_vae.uses.pairs import Pair, as_columns, entrywise_law, repeated, resample
+from ppl_vae.uses.pairs import Pair, as_columns, entrywise_law, resample
+from ppl_vae.uses.sweeps import Sweeps, log_missing
 from ppl_vae.weights import effective_samples, pareto_smoothed
 
 Method = Literal["metropolis", "gibbs", "resample"]
@@ -139,7 +140,7 @@ def impute(
                 found.append(_resampled(pair, some, gaps[part], draws, samples, warmup))
             else:
                 kept = math.ceil(draws / chains)
-                sweeps = _Sweeps(pair, some, gaps[part], chains, tries)
+                sweeps = Sweeps(pair, some, gaps[part], chains, tries)
                 found.append(_chained(sweeps, method == "metropolis", kept, warmup, thin))
     return Imputed(
         draws=torch.cat([one.draws for one in found], 1),
@@ -163,83 +164,7 @@ class _Part:
     pareto_k: Tensor | None = None
 
 
-class _Sweeps:
-    """Chains of some rows, all moving together.
-
-    Args:
-        columns: where an entry is missing, its first value.
-        copies: how many chains of each row.
-        tries: proposals of a corrected sweep.
-
-    Attributes:
-        correct: whether the guide's proposals are weighed; at first they are taken as they come.
-        columns: of all chains, ``(copies * rows, event)``.
-    """
-
-    def __init__(
-        self, pair: Pair, columns: Mapping[str, Tensor], gaps: Tensor, copies: int, tries: int = 1
-    ) -> None:
-        self._pair, self.copies, self._tries, self.correct = pair, copies, tries, False
-        self.columns = repeated(columns, copies)
-        self.gaps = gaps.repeat(copies, *(1,) * (gaps.dim() - 1))
-        # A start may lie off the support; from here on, what is missing is what the model emits.
-        state = pair.draw(self.columns)
-        self._latents = state.values
-        self.columns = self.filled(state.emitted.sample())
-
-    def move(self) -> Tensor:
-        """One sweep. Whether its proposals were accepted, ``(copies * rows,)``."""
-        if not self.correct:
-            proposed = self._pair.draw(self.columns)
-            self._latents = proposed.values
-            self.columns = self.filled(proposed.emitted.sample())
-            return torch.ones_like(proposed.log_q, dtype=torch.bool)
-        moved = self._choose()
-        emitted = self._pair.emitted(self.columns, self._latents)
-        before, self.columns = self.columns, self.filled(emitted.sample())
-        if self._pair.after:
-            self._accept_entries(before, emitted)
-        return moved
-
-    def _choose(self) -> Tensor:
-        """Latents anew, given whole rows. Whether they are others, ``(copies * rows,)``."""
-        current = self._pair.at(self.columns, self._latents)
-        moved = torch.zeros_like(current.log_q, dtype=torch.bool)
-        total = current.log_weight
-        for _ in range(self._tries):
-            proposed = self._pair.draw(self.columns)
-            if self._tries > 1:  # of all so far, one in proportion to its weight
-                total = torch.logaddexp(total, proposed.log_weight)
-            accepted = _accept(proposed.log_weight - total)
-            self._latents = {
-                name: _where(accepted, proposed.values[name], value)
-                for name, value in self._latents.items()
-            }
-            moved = moved | accepted
-        return moved
-
-    def _accept_entries(self, before: Mapping[str, Tensor], emitted: Any) -> None:
-        """Entries were drawn from p(x | z); what comes after x has a say too."""
-        site = self._pair.site
-
-        def rest(columns: Mapping[str, Tensor]) -> Tensor:
-            joint = self._pair.log_joint(columns, self._latents)
-            return joint - log_missing(emitted, columns[site], self.gaps)
-
-        kept = _accept(rest(self.columns) - rest(before))
-        self.columns[site] = _where(kept, self.columns[site], before[site])
-
-    def filled(self, drawn: Tensor) -> dict[str, Tensor]:
-        """The rows with these values where they are missing."""
-        site = self._pair.site
-        return self.columns | {site: torch.where(self.gaps, drawn, self.columns[site])}
-
-    def rows(self) -> Tensor:
-        """The present state, ``(copies, rows, event)``."""
-        return self.columns[self._pair.site].unflatten(0, (self.copies, -1))
-
-
-def _chained(sweeps: _Sweeps, correct: bool, kept: int, warmup: int, thin: int) -> _Part:
+def _chained(sweeps: Sweeps, correct: bool, kept: int, warmup: int, thin: int) -> _Part:
     for sweep in range(warmup):
         # Far from where rows are likely, proposals would hardly be accepted.
         sweeps.correct = correct and sweep >= warmup // 2
@@ -271,7 +196,7 @@ def _resampled(
     samples: int,
     warmup: int,
 ) -> _Part:
-    sweeps = _Sweeps(pair, columns, gaps, samples)
+    sweeps = Sweeps(pair, columns, gaps, samples)
     for _ in range(warmup):
         sweeps.move()
     proposed = pair.draw(sweeps.columns)
@@ -284,14 +209,6 @@ def _resampled(
         ess=effective_samples(weights),
         pareto_k=pareto_smoothed(weights).pareto_k,
     )
-
-
-def log_missing(fn: Any, x: Tensor, gaps: Tensor) -> Tensor:
-    """Log-density of the missing entries of x given the latents, float64 ``(rows,)``."""
-    law = entrywise_law(fn)
-    if law is None:  # then rows miss all or none
-        return torch.where(gaps.flatten(1).all(1), fn.log_prob(x).double(), 0.0)
-    return torch.where(gaps, law.log_prob(x).double(), 0.0).flatten(1).sum(1)
 
 
 def _check(method: str, **counts: int) -> None:
@@ -347,18 +264,9 @@ def _check_entries(pair: Pair, columns: Mapping[str, Tensor], gaps: Tensor) -> N
         )
 
 
-def _accept(log_ratio: Tensor) -> Tensor:
-    # Of nan, where neither side has a density, nothing is accepted.
-    return torch.rand_like(log_ratio).log() < log_ratio
-
-
-def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    return torch.where(chosen.reshape(-1, *(1,) * (one.dim() - 1)), one, other)
-
-
 def _convergence(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Effective draws and R-hat of each row, from ``(chains, draws, rows)``; nan where unknown."""
-    from arviz_stats.base import array_stats  # takes a second to import
+    from arviz_stats.base.array import array_stats  # takes a second to import
 
     chains, draws, rows = values.shape
     ess, r_hat = np.full(rows, math.nan), np.full(rows, math.nan)

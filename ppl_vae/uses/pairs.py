@@ -189,7 +189,7 @@ def as_columns(
     return {name: column.to(like) for name, column in found.items()}
 
 
-def entrywise_law(fn: Any) -> Any | None:
+def entrywise_law(fn: Any) -> Any:
     """The distribution of the entries of an event, each a batch dim; None where they are not
     independent."""
     while isinstance(fn, Independent):
