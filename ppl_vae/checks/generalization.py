@@ -192,12 +192,14 @@ def _meaning(
             f"Training rows get no clearly larger figures than {rows} held-out ones ({split}): "
             f"gaps in nats per datum are {said}."
         )
+    evidence = by_name[_EVIDENCE]
     guilty = (
         "The model is overfitted, or the splits differ otherwise: stop earlier, or try a smaller "
         "decoder, dropout, or more rows."
-        if by_name[_EVIDENCE]["verdict"] == "fail"
-        else "The model is not, but its guide is overfitted: try a smaller encoder, or fit the "
-        "guide further on rows that the model emits."
+        if evidence["verdict"] == "fail"
+        else f"The gap of log p(x) is {evidence['gap']:.3g} ± {evidence['gap_se']:.2g}; as far as "
+        "that of the ELBO exceeds it, the guide is overfitted and not the model: try a smaller "
+        "encoder, or fit the guide further on rows that the model emits."
     )
     return (
         f"Training rows get more probability than {rows} held-out ones ({split}), in nats per "
