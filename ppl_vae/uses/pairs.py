@@ -57,7 +57,8 @@ class Pair:
 
     Raises:
         ValueError: no such observable; a site in a plate besides that of the rows; more values of
-            enumerated sites than can be tried.
+            enumerated sites than can be tried; a guide that draws a row's latents through an
+            auxiliary site that has their density, as Pyro's autoguides do.
         PairError: the guide does not fit the model.
     """
 
@@ -73,6 +74,7 @@ class Pair:
         sites = read_sites(model, **few)
         check_measurable(sites.values())
         check_pair(model, guide, **few)
+        _check_own_densities(read_sites(guide, **few).values())
         self.shape, self.width = sites[site].event_shape, _width(sites.values())
         order = list(sites)
         self.after = tuple(order[order.index(site) + 1 :])
@@ -207,6 +209,17 @@ def resample(values: Tensor, log_weights: Tensor, draws: int) -> Tensor:
     weights ``(samples, rows)``."""
     chosen = torch.distributions.Categorical(logits=log_weights.T).sample((draws,))
     return values[chosen, torch.arange(values.shape[1], device=values.device)]
+
+
+def _check_own_densities(sites: Iterable[Site]) -> None:
+    """Refuse a guide whose latents cannot be scored without what they were drawn through."""
+    for site in sites:
+        if site.auxiliary and site.local and site.name.endswith("_unconstrained"):
+            raise ValueError(
+                f"the guide draws {site.name.removesuffix('_unconstrained')!r} through "
+                f"{site.name!r}, so that its density given other rows cannot be told: take a guide "
+                "whose sites have densities of their own, such as MeanField"
+            )
 
 
 def _width(sites: Iterable[Site]) -> int:

@@ -227,6 +227,19 @@ def test_repeatable_leaves_the_random_state_and_hides_what_is_missing(model, x):
     assert torch.equal(one.mean[:, ~GAPS], x[:, ~GAPS])
 
 
+def test_a_latent_drawn_through_an_auxiliary_site_is_refused(model, x, program):
+    def story(self, x):
+        u = pyro.sample(
+            "z_unconstrained",
+            dist.Normal(torch.zeros(2), 1.0).to_event(1),
+            infer={"is_auxiliary": True},
+        )
+        pyro.sample("z", dist.Delta(u, event_dim=1))
+
+    with pytest.raises(ValueError, match="draws 'z' through 'z_unconstrained'"):
+        impute(model, program(story), x, GAPS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
