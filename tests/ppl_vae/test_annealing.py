@@ -136,6 +136,22 @@ def test_both_directions_estimate_a_known_evidence(name, program, float64):
     assert lower.acceptance.mean().item() == pytest.approx(annealing.TARGET, abs=0.12)
 
 
+@pytest.mark.parametrize("name", STORIES)
+def test_of_each_row_the_estimate_has_the_evidence_as_its_mean(name, program, float64):
+    """Row by row: averaged over rows from the model, a wrong evidence can have the right mean."""
+    story, evidence = STORIES[name]
+    model = program(story)
+    x = model.simulate(4)["x"]
+    guide = Factorized(z=(By(lambda x: dist.Normal(x, 0.8)), ["x"]))
+    if name != "enumerated":
+        guide = Prior(model)
+    again = x.repeat(80, *(1,) * (x.dim() - 1))
+    found = annealed_log_evidence(model, guide, {"x": again}, temperatures=30, chains=4, leapfrog=4)
+    ratio = (found.estimates - evidence(again)).exp().mean(0).reshape(80, 4)
+    z = (ratio.mean(0) - 1) / (ratio.std(0) / math.sqrt(80))
+    assert z.abs().max() < 4
+
+
 def test_reverse_chains_estimate_the_inverse_evidence(linear):
     """Without bias, so that their mean over many rows is the right one, however few chains."""
     model, guide, _ = linear
