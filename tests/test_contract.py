@@ -7,6 +7,7 @@ stand for stories that the zoo does not tell.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -22,6 +23,11 @@ from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
 
 from ppl_vae import zoo
+from ppl_vae.checks.aggregate_posterior import aggregate_posterior
+from ppl_vae.checks.generalization import generalization
+from ppl_vae.checks.latent_use import latent_use
+from ppl_vae.checks.result import CheckResult
+from ppl_vae.checks.row_order import row_order
 from ppl_vae.checks.structure import structure
 from ppl_vae.conditionals import Normal, join
 from ppl_vae.guide import AmortizedGuide, Factorized
@@ -360,6 +366,28 @@ def test_the_check_of_structure_finds_no_fault(model_name: str, guide_name: str)
     result = structure(model, guide, {"train": data, "test": data})
     assert result.passed, result.meaning
     assert all(r["verdict"] != "not applicable" for r in result.statistics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [generalization, latent_use, aggregate_posterior, row_order])
+@pairs
+def test_checks_of_rows_run_on_every_pair(
+    check: Callable[..., CheckResult], model_name: str, guide_name: str
+) -> None:
+    model, guide, _ = build(model_name, guide_name)
+    data = model.observed(model.simulate(100, **model.example_covariates(100)))
+    if "y" in data:
+        if model.classes is None:
+            pytest.skip("a data set holds labels as numbers")
+        data["y"] = data["y"].argmax(1)
+    splits = {
+        name: {column: values[rows] for column, values in data.items()}
+        for name, rows in (("train", slice(50)), ("test", slice(50, 100)))
+    }
+    result = check(model, guide, splits)
+    json.dumps(result.to_json(), allow_nan=False)
+    for name in result.pictures:
+        assert result.plot(name).axes
 
 
 @pairs
