@@ -304,7 +304,7 @@ def _rounded(value: Tensor, step: float, precision: float) -> Tensor:
 def _total(nodes: list[dict[str, Any]], draws: int) -> Tensor:
     """The sum of the local sites' log-densities, ``(draws, rows)`` in float64."""
     each = [node["fn"].log_prob(node["value"]).double() for node in nodes if _local(node)]
-    total = sum(each[1:], each[0])
+    total = torch.stack(torch.broadcast_tensors(*each)).sum(0)
     return total.expand(draws, total.shape[-1])
 
 
