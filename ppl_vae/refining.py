@@ -204,8 +204,10 @@ class FullRankRows:
         u = loc + _times(scale, standard)
         held = factor.detach()
         centered = (standard - shift.detach()).permute(1, 2, 0)
-        e = torch.linalg.solve_triangular(held, centered, upper=False)
-        log_q = -0.5 * e.square().sum(1).T - loc.shape[-1] / 2 * math.log(2 * math.pi)
+        e = torch.linalg.solve_triangular(held, centered, upper=False).permute(2, 0, 1)
+        # The value of the noise that was drawn: a solve with a bad factor would make up density.
+        log_q = -0.5 * noise.square().sum(-1) - (noise * (e - e.detach())).sum(-1)
+        log_q = log_q - loc.shape[-1] / 2 * math.log(2 * math.pi)
         log_q = log_q - _log_det(held) - _log_det(scale)
         _, joint = self._density(u, columns)
         elbo = joint - log_q.double()
