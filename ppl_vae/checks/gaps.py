@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from xarray import Dataset
 
 from ppl_vae.assignments import Assignments
 from ppl_vae.checks import gap_figures as figures
+from ppl_vae.checks import gap_report as report
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
 from ppl_vae.data import as_dataset
 from ppl_vae.density import Density, NotAnnealable
@@ -21,15 +21,13 @@ from ppl_vae.draws import held_out, shared_values
 from ppl_vae.evaluation import check_measurable, inferred
 from ppl_vae.importance import Compile, parts
 from ppl_vae.model import GenerativeModel
-from ppl_vae.refining import Climber, Freed, FullRankRows, RowWise, Scores, climb, scored
+from ppl_vae.refining import Climber, RowWise, Scores, climb, scored
+from ppl_vae.row_wise import Freed, FullRankRows
 from ppl_vae.sites import check_data, check_pair, evaluating, read_sites
-from ppl_vae.weights import RELIABLE, pareto_smoothed
+from ppl_vae.weights import pareto_smoothed
 
 MOST_COORDINATES = 200
 """Latent coordinates of a row above which no covariances are fitted: they are as many squared."""
-
-LITTLE = 0.1
-"""Nats: a gap of less is no cause to do anything."""
 
 
 def gaps(
@@ -42,7 +40,7 @@ def gaps(
     level: float = 0.05,
     progress: Progress = silent,
     rows: int = 100,
-    steps: int = 200,
+    steps: int = 400,
     draws: int = 4,
     learning_rate: float = 0.02,
     samples: int = 500,
@@ -51,9 +49,9 @@ def gaps(
     """Looks for where the ELBO falls short of log p(x): at the encoder, or at the family of q.
 
     For each row, q is refined with the model fixed, and nothing shared with other rows, from the
-    guide's q on: within the guide's family (:class:`ppl_vae.refining.Freed`), which gives q*, and
+    guide's q on: within the guide's family (:class:`ppl_vae.row_wise.Freed`), which gives q*, and
     then as a normal with all covariances over all continuous latents together
-    (:class:`ppl_vae.refining.FullRankRows`), which starts from the moments of q*. In nats a row
+    (:class:`ppl_vae.row_wise.FullRankRows`), which starts from the moments of q*. In nats a row
     (Cremer, Li & Duvenaud 2018, arXiv:1801.03558, eq. 4 to 6):
 
         inference gap      log p(x) - ELBO(q)   =  amortization gap + approximation gap
@@ -121,14 +119,14 @@ def gaps(
             "number": ("row", torch.cat([chosen for chosen, _ in found]).numpy()),
         },
     )
-    records = _records(group, splits)
+    table = report.records(group, splits)
     return CheckResult(
         name="gaps",
         verdict="measured",
         error_rate=0.0,
         p=None,
-        statistics=tuple(records),
-        meaning=_meaning(records, splits, refined.note),
+        statistics=tuple(table),
+        meaning=report.meaning(table, splits, refined.note),
         settings={
             "split": split,
             "seed": seed,
@@ -285,109 +283,3 @@ def _late(steps: Tensor) -> Tensor:
     tenth = max(1, len(steps) // 10)
     middle = len(steps) // 2
     return (steps[-tenth:].mean(0) - steps[middle : middle + tenth].mean(0)).double()
-
-
-_FIGURES = {
-    "log_evidence": "log p(x)",
-    "elbo": "ELBO, amortized",
-    "elbo_refined": "ELBO, refined in the family",
-    "elbo_full_rank": "ELBO, refined with all covariances",
-    "inference": "inference gap",
-    "amortization": "amortization gap",
-    "approximation": "approximation gap",
-    "by_full_rank": "approximation gap: all covariances get back",
-    "rest": "approximation gap: rest",
-    "late_gain": "gain of the later half of the steps, in the family",
-    "late_gain_full_rank": "gain of the later half of the steps, all covariances",
-}
-
-
-def _records(group: Dataset, splits: list[str]) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    for split in splits:
-        rows = group["split"].values == split
-        for key, figure in _FIGURES.items():
-            if key in group:
-                records.append(_record(split, figure, group[key].values[rows]))
-        high = (group["pareto_k"].values[rows] > RELIABLE).astype(float)
-        records.append(_record(split, f"rows with Pareto-k above {RELIABLE}", high, "share"))
-    if len(splits) > 1:
-        records.append(_difference(records, splits))
-    return records
-
-
-def _record(split: str, figure: str, values: np.ndarray, unit: str = "nats") -> dict[str, Any]:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {
-        "split": split,
-        "figure": figure,
-        "rows": len(values),
-        "value": float(values.mean()),
-        "standard_error": float(error),
-        "unit": unit,
-    }
-
-
-def _difference(records: list[dict[str, Any]], splits: list[str]) -> dict[str, Any]:
-    """How much more the encoder loses of rows that it was not fitted to."""
-    train, held = (_of(records, split, "amortization gap") for split in splits)
-    return held | {
-        "split": f"{splits[1]} less {splits[0]}",
-        "value": held["value"] - train["value"],
-        "standard_error": math.hypot(held["standard_error"], train["standard_error"]),
-    }
-
-
-def _of(records: list[dict[str, Any]], split: str, figure: str) -> dict[str, Any]:
-    return next(r for r in records if (r["split"], r["figure"]) == (split, figure))
-
-
-def _shown(record: dict[str, Any]) -> str:
-    return f"{record['value']:.2f} ± {record['standard_error']:.2f}"
-
-
-def _meaning(records: list[dict[str, Any]], splits: list[str], note: str) -> str:
-    split = splits[-1]
-    inference, amortization, approximation, covariances = (
-        _of(records, split, _FIGURES[key])
-        for key in ("inference", "amortization", "approximation", "by_full_rank")
-    )
-    found = [
-        f"The ELBO of {inference['rows']} rows ({split}) lacks {_shown(inference)} nats to log "
-        f"p(x): {_shown(amortization)} by the encoder (amortization gap), "
-        f"{_shown(approximation)} by the family of q (approximation gap)"
-        + ("." if note else f", of which covariances get back {_shown(covariances)}.")
-    ]
-    if note:
-        found.append(note)
-    if inference["value"] < LITTLE:
-        found.append("Little is lost: nothing need be done.")
-    elif amortization["value"] >= approximation["value"]:
-        found.append(
-            "Try a larger encoder, more training of the guide, or SemiAmortized, before a richer "
-            "family."
-        )
-    elif not note and covariances["value"] > approximation["value"] / 2:
-        found.append("Try a family with covariances: FullRank, or a flow.")
-    else:
-        found.append(
-            "Try a richer family: NormalizingFlow, Mixture, or with several latents Autoregressive."
-        )
-    if len(splits) > 1:
-        more = records[-1]
-        if more["value"] > max(2 * more["standard_error"], LITTLE):
-            found.append(
-                f"Of held-out rows the encoder loses {_shown(more)} nats more than of training "
-                "rows: it is overfitted; fit it on more rows, or further on rows that the model "
-                "emits."
-            )
-    high = _of(records, split, f"rows with Pareto-k above {RELIABLE}")["value"]
-    if high > 0:
-        found.append(
-            f"Pareto-k is above {RELIABLE} in {high:.0%} of the rows: log p(x), and with it the "
-            "approximation gap, may be larger than it seems there."
-        )
-    late = _of(records, split, _FIGURES["late_gain"])["value"]
-    if late > max(LITTLE, amortization["value"] / 4):
-        found.append("Refining still gained at its end: take more steps.")
-    return " ".join(found)

@@ -22,7 +22,8 @@ from ppl_vae.guides.semi_amortized import SemiAmortized
 from ppl_vae.guides.top_down import TopDown
 from ppl_vae.models.ppca import PPCA
 from ppl_vae.nn import MLP
-from ppl_vae.refining import Climber, Freed, FullRankRows, climb, moments, scored
+from ppl_vae.refining import Climber, climb, scored
+from ppl_vae.row_wise import Freed, FullRankRows, moments
 from ppl_vae.sites import evaluating
 
 

@@ -85,7 +85,7 @@ def test_the_exact_posterior_has_no_gaps(linear) -> None:
     near(of_rows(result, "elbo"), evidence, 1e-9)
     near(of_rows(result, "log_evidence"), evidence, 1e-2)
     for name in ("inference", "amortization", "approximation", "by_full_rank", "rest"):
-        near(of_rows(result, name), 0.0, 2e-2)
+        near(of_rows(result, name), 0.0, 5e-2)
     assert result.verdict == "measured"
     assert result.p is None
     assert "nothing need be done" in result.meaning
@@ -100,7 +100,7 @@ def test_a_wrong_scale_is_all_of_it_the_encoders(linear) -> None:
     near(of_rows(result, "inference").mean(), kl, 0.05)
     near(of_rows(result, "amortization").mean(), kl, 0.05)
     near(of_rows(result, "approximation"), 0.0, 0.05)
-    assert "larger encoder" in result.meaning
+    assert "SemiAmortized" in result.meaning
 
 
 def test_a_mean_field_guide_splits_as_in_closed_form(linear) -> None:
