@@ -283,7 +283,7 @@ def _meaning(
         return f"No local site is collapsed: each has at least {tolerance:g} nats or so.{told}"
     said = ", ".join(f"{r['site']} ({r['kl']:.2g} ± {r['kl_se']:.1g} nats)" for r in failed)
     return (
-        f"Collapsed, with a KL below {tolerance:g} nats per datum: {said}. Its posterior is nearly the "
-        "prior whatever the data: try a warm-up of the KL, free bits, a weaker decoder, or leave "
-        f"the site out.{told}"
+        f"Collapsed, with a KL below {tolerance:g} nats per datum: {said}. Its posterior is "
+        "nearly the prior whatever the data: try a warm-up of the KL, free bits, a weaker decoder, "
+        f"or leave the site out.{told}"
     )
