@@ -20,17 +20,20 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def list_command(json: bool = False, quick: bool = False) -> None:
-    """List the parts of the zoo, which of them do not go together and why, recipes and data sets.
+    """List the parts of the zoo, which of them do not go together and why, recipes, checks, data.
 
     Args:
         json: print JSON.
         quick: leave out which parts do not go together: every two are tried, in some seconds.
     """
     from ppl_vae import grid, zoo
+    from ppl_vae.checks import CHECKS
     from ppl_vae.data import known_names
     from ppl_vae.recipes import recipes
 
-    table = grid.axes() | {"recipes": {n: zoo.first_line(r) for n, r in recipes().items()}}
+    table = grid.axes()
+    for kind, members in {"recipes": recipes(), "checks": CHECKS}.items():
+        table[kind] = {name: zoo.first_line(member) for name, member in members.items()}
     if json:
         refused = [asdict(refusal) for refusal in grid.refusals()] if not quick else None
         print(json_.dumps({**table, "data": list(known_names()), "refused": refused}, indent=2))

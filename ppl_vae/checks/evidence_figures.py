@@ -75,7 +75,7 @@ def bounds(result: CheckResult) -> Figure:
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"log p(x): {result.verdict} (error rate {result.error_rate:g}; gray: within "
+        f"log p(x): {result.verdict} (error rate {result.error_rate:.2g}; gray: within "
         f"{tolerance:g} nats)\n{annealed.size} held-out rows ({settings['split']})",
         fontsize=11,
     )

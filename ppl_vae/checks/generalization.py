@@ -236,7 +236,7 @@ def _figure(result: CheckResult) -> Figure:
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"Generalization: {result.verdict} (family-wise error rate {result.error_rate:g}), "
+        f"Generalization: {result.verdict} (family-wise error rate {result.error_rate:.2g}), "
         f"{result.settings['rows']} rows of each split",
         fontsize=11,
     )

@@ -57,7 +57,8 @@ def reliability_diagram(posterior: LabelPosterior, result: CheckResult) -> Figur
     axes[1, 0].set_ylabel("rows")
     axes[0, 0].legend(frameon=False, loc="upper left", fontsize=8)
     figure.suptitle(
-        f"Calibration of labels: {result.verdict} (family-wise error rate {result.error_rate:g})\n"
+        f"Calibration of labels: {result.verdict} (family-wise error rate "
+        f"{result.error_rate:.2g})\n"
         f"{settings['rows']} held-out rows ({settings['split']})",
         fontsize=11,
     )

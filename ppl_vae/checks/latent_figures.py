@@ -42,7 +42,7 @@ def latents(result: CheckResult) -> Figure:
     count = f"{last['active']} of {last['coordinates']} coordinates active"
     more = f", {len(order)} shown" if len(order) < len(names) else ""
     figure.suptitle(
-        f"Use of the latents: {result.verdict} (family-wise error rate {result.error_rate:g})\n"
+        f"Use of the latents: {result.verdict} (family-wise error rate {result.error_rate:.2g})\n"
         f"{count}{more}; {result.settings['rows']} held-out rows ({result.settings['split']})",
         fontsize=11,
     )
@@ -107,7 +107,7 @@ def marginals(result: CheckResult) -> Figure:
     )
     record = result.statistics[0]
     figure.suptitle(
-        f"Aggregate posterior and prior: {result.verdict} (error rate {result.error_rate:g})\n"
+        f"Aggregate posterior and prior: {result.verdict} (error rate {result.error_rate:.2g})\n"
         f"told apart with accuracy {record['accuracy']:.3f}",
         fontsize=11,
     )

@@ -93,6 +93,6 @@ def _title(result: CheckResult) -> str:
     settings = result.settings
     return (
         f"Calibration by kind of data: {result.verdict} (family-wise error rate "
-        f"{result.error_rate:g})\n{settings['tested_rows']} rows from the model, "
+        f"{result.error_rate:.2g})\n{settings['tested_rows']} rows from the model, "
         f"{settings['draws']} draws of the guide for each"
     )

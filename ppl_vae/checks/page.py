@@ -115,7 +115,7 @@ def _verdicts(report: Report) -> str:
         _line(
             f'<a href="#{result.name}">{escape(_listed([result.name]))}</a>',
             result.verdict,
-            "" if result.p is None else f"{result.p:.2g}",
+            "" if result.p is None else _p(result.p),
             f"{result.error_rate:.2g}" if result.error_rate else "",
             report.questions.get(result.name, ""),
         )
@@ -131,6 +131,10 @@ def _verdicts(report: Report) -> str:
         + "\n".join(lines)
         + "</tbody></table>"
     )
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-99 else "&lt; 1e-99"
 
 
 def _line(name: str, verdict: str, p: str, rate: str, text: str) -> str:

@@ -175,6 +175,7 @@ def statistics(result: CheckResult) -> Figure:
             ax.axvline(record["replicated_mean"], color="C0", linewidth=2)
         ax.set_ylim(bottom=0)
         ax.set_yticks([])
+        ax.locator_params(axis="x", nbins=5)
         held = ax.axvline(record["observed"], color=color, linewidth=2)
         ax.set_title(
             f"{name}\np = {record['p']:.2g}, adjusted {record['p_adjusted']:.2g}",

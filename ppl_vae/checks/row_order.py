@@ -237,7 +237,7 @@ def _figure(result: CheckResult) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel(f"row of {result.settings['split']}")
     figure.suptitle(
-        f"Order of the rows: {result.verdict} (error rate {result.error_rate:g})\n"
+        f"Order of the rows: {result.verdict} (error rate {result.error_rate:.2g})\n"
         f"running mean over {width} rows",
         fontsize=11,
     )

@@ -276,7 +276,7 @@ def _ranks_figure(result: CheckResult) -> Figure:
     points = np.arange(1, draws + 1) / (draws + 1)
     y = ecdf(ranks, draws) - points[:, None]
     panels = _panels(result)
-    figure = empty(4.6 * len(panels), 4.2)
+    figure = empty(4.6 * len(panels), 5.0)
     for ax, (title, together) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
@@ -285,7 +285,7 @@ def _ranks_figure(result: CheckResult) -> Figure:
         _curves(result, ax, together, points, y)
         ax.set_title(title, fontsize=10)
         ax.set(xlabel="rank of the truth among draws, from 0 to 1", xlim=(0, 1))
-        ax.set_ylabel("share of rows, less uniform")
+        ax.set_ylabel("distribution, less uniform")
     figure.suptitle(_title(result), fontsize=10)
     return figure
 
@@ -317,6 +317,6 @@ def _title(result: CheckResult) -> str:
     settings = result.settings
     return (
         f"Calibration on simulated rows: {result.verdict} (family-wise error rate "
-        f"{result.error_rate:g})\n{settings['rows']} rows from the model, "
+        f"{result.error_rate:.2g})\n{settings['rows']} rows from the model, "
         f"{settings['draws']} draws of the guide for each"
     )
