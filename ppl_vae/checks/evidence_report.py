@@ -152,8 +152,8 @@ def _verdict_said(compared: Compared, verdict: str, tolerance: float, share: flo
         held = (
             f"within the {tolerance:g} nats allowed"
             if abs(float(differences.mean())) <= tolerance
-            else f"beyond the {tolerance:g} nats allowed by no more than chance explains; take more "
-            "rows to tell"
+            else f"beyond the {tolerance:g} nats allowed by no more than chance explains; take "
+            "more rows to tell"
         )
         return f"{apart[0].upper()}{apart[1:]} {count}: {held}."
     both = "Both are lower bounds in expectation, so that the higher one is nearer"
