@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,38 @@ def test_a_class_is_summed_out_whatever_its_estimator(float64, estimator) -> Non
     near(of_rows(result, "inference")[8:], kl, 1e-6)
     near(of_rows(result, "approximation"), 0.0, 3e-2)
     assert "No normal with all covariances" in result.meaning
+
+
+def test_a_global_latent_is_held(float64, program) -> None:
+    def whole(self):
+        self.w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def story(self, x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z + self.w, 1.0).to_event(1), obs=x)
+
+    model = program(story, whole)
+    x = dist.Normal(0.0, 1.5).sample((6, 2))
+    guide = MeanField(model, MLP(2, 4, 3), x)
+    with torch.no_grad():
+        for name, parameter in guide.global_guide.named_parameters():
+            parameter.fill_(-12.0 if "scale" in name else 0.7)  # w is 0.7
+    result = gaps(model, guide, {"train": x, "test": x}, **OPTIONS)
+    evidence = dist.Normal(0.7, math.sqrt(2)).log_prob(both({"train": x, "test": x})).sum(-1)
+    near(of_rows(result, "log_evidence"), evidence, 0.02)
+    near(of_rows(result, "approximation"), 0.0, 0.05)  # coordinates are independent
+
+
+def test_withheld_labels_are_summed_out(labeled_recipes) -> None:
+    recipe = runpy.run_path(str(labeled_recipes))["bits"]()
+    found = []
+    for estimator in ("enumerate", "score"):
+        recipe.guide.conditionals["y"].estimator = estimator
+        options = OPTIONS | {"steps": 30, "rows": 20, "draws": 2}
+        found.append(gaps(recipe.model, recipe.guide, recipe.data, **options))
+    one, other = (of_rows(result, "log_evidence") for result in found)
+    near(one, other, 0.1)  # log p(x), whichever way the guide is trained
+    assert (of_rows(found[0], "amortization").mean() > 0.05).all()
 
 
 def test_refining_is_never_worse_than_the_guide(linear) -> None:
