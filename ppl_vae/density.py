@@ -190,4 +190,6 @@ def _log_density(nodes: Mapping[str, dict[str, Any]], names: set[str]) -> Tensor
     terms = [
         node["fn"].log_prob(node["value"]).double() for name, node in nodes.items() if name in names
     ]
-    return sum(terms[1:], terms[0]) if terms else torch.zeros((), dtype=torch.float64)
+    return sum(
+        terms, torch.zeros((), dtype=torch.float64, device=terms[0].device if terms else None)
+    )

@@ -120,7 +120,8 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
     Args:
         log_weights: ``(samples, rows)``.
     """
-    from arviz_stats.base import array_stats  # takes a second to import
+    # Takes a second to import.
+    from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 
     evidence = bound(log_weights, len(log_weights))
     k = torch.full_like(evidence, math.nan)
