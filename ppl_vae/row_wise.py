@@ -24,8 +24,9 @@ class Freed:
     Nets are the outermost modules of the guide that return a tensor with a dim of rows: an encoder
     with its features, a head with the numbers that make a distribution, the nets of a flow. With
     all offsets 0 it is the guide. So every value of what a head returns can be reached, whatever
-    the width of the features. A row's offsets are the same for all of its draws: a net of latents
-    that were drawn before is shifted, and no other function of them.
+    the width of the features. A row's offsets are the same for all of its draws, and for all values
+    of enumerated sites: a net of latents that were drawn before is shifted, and no other function
+    of them.
 
     Auxiliary draws are not weighed, as nowhere in :mod:`ppl_vae.importance`.
 

@@ -63,8 +63,9 @@ def gaps(
     neither the climb nor the choice makes them look better than they are. log p(x) is the
     Pareto-smoothed importance sampling estimate from the best q of each row, whose expectation is
     a little below log p(x); a Pareto-k above 0.7 says that it is not to be believed. Refining may
-    stop short of the best q*: the amortization gap is, in expectation, at most what is said here
-    plus what more steps bring, and the approximation gap at least as much less.
+    stop short of the best q*: then the amortization gap is larger than it is said to be, and the
+    approximation gap smaller by as much. What the later half of the steps brought says how far; so
+    does what covariances get back where the guide has them itself.
 
     Nothing is tested: the verdict is "measured". Discrete latents are summed out, by the guide's
     probabilities in the ELBO. Global latents are held at one draw from the guide, and figures are
