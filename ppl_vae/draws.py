@@ -127,8 +127,9 @@ def posterior_nodes(
             if name in sites and not node["is_observed"]
         }
         if scored:
+            drawn: dict[str, dict[str, Any]] = dict(sample_nodes(guide_trace))
             for name, node in nodes.items():
-                through = guide_trace.nodes.get(f"{name}_unconstrained")
+                through = drawn.get(f"{name}_unconstrained")
                 node["log_q"] = sum(
                     one["fn"].log_prob(one["value"]).double() for one in (node, through) if one
                 )
