@@ -16,6 +16,7 @@ from xarray import DataTree
 from ppl_vae.arviz import to_arviz, versions
 from ppl_vae.checks.aggregate_posterior import aggregate_posterior
 from ppl_vae.checks.evidence import evidence
+from ppl_vae.checks.gaps import gaps
 from ppl_vae.checks.generalization import generalization
 from ppl_vae.checks.labels import label_calibration, label_posterior, unknown_classes
 from ppl_vae.checks.latent_use import latent_use
@@ -43,6 +44,7 @@ __all__ = [
     "aggregate_posterior",
     "check",
     "evidence",
+    "gaps",
     "generalization",
     "label_calibration",
     "label_posterior",
@@ -71,12 +73,13 @@ CHECKS: Mapping[str, Callable[..., CheckResult]] = {
     "latent_use": latent_use,
     "aggregate_posterior": aggregate_posterior,
     "evidence": evidence,
+    "gaps": gaps,
     "label_calibration": label_calibration,
 }
 """The checks there are, by name, in the order in which they run."""
 
-EXACT = frozenset({"support", "structure"})
-"""Those whose verdict no chance enters, so that they need no share of the error rate."""
+EXACT = frozenset({"support", "structure", "gaps"})
+"""Those that chance cannot make fail, so that they need no share of the error rate."""
 
 
 def check(
