@@ -131,7 +131,7 @@ def ppca(latents: int = 2, observed: int = 6) -> PPCA:
 
 def fitted_ppca(x: Tensor, latents: int) -> PPCA:
     """The maximum of the likelihood of x ``(rows, D)``: Tipping & Bishop 1999, section 3.2."""
-    values, vectors = torch.linalg.eigh(torch.cov(x.T.double()))
+    values, vectors = torch.linalg.eigh(torch.cov(x.T.double(), correction=0))
     noise = values[:-latents].mean()
     likelihood: Any = (model := PPCA(latents, x.shape[1])).likelihood
     with torch.no_grad():
