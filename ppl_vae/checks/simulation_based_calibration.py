@@ -70,6 +70,9 @@ def simulation_based_calibration(
     guide); how often the truth lies in the central interval of 50 and of 90 % (of the densities: in
     the region of highest density) with standard errors; and the verdict.
 
+    The group ``prior_sbc`` holds the ranks as numbers from 0 to 1, a variable a quantity, for
+    ArviZ's ``plot_ecdf_pit(report.idata)``.
+
     Args:
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes.
         seed: of rows and draws.
@@ -220,12 +223,18 @@ def _some(names: Sequence[str]) -> str:
 
 def _groups(found: Simulation) -> dict[str, Dataset]:
     names = [quantity.name for quantity in found.quantities]
+    # As ArviZ's plot_ecdf_pit wants it; between the ranks, so that equal ones are no steps.
+    pit = (found.ranks + 0.5) / (found.draws + 1)
     return {
         _NAME: Dataset(
             {"rank": (("row", "quantity"), found.ranks.astype(np.int32))},
             coords={"quantity": names},
             attrs={"draws": found.draws},
-        )
+        ),
+        "prior_sbc": Dataset(
+            {name: (("chain", "draw"), pit[None, :, k]) for k, name in enumerate(names)},
+            coords={"chain": [0], "draw": np.arange(len(pit))},
+        ),
     }
 
 

@@ -237,3 +237,17 @@ def test_pictures_show_every_quantity_and_name_what_fails():
     assert len(covered.lines) == 1 + 3
     passed = checked(ppca(), rows=200)
     assert all(ax.get_legend() is None for ax in passed.plot().axes)
+
+
+def test_arviz_plots_the_ranks_as_they_are():
+    import arviz_plots
+    import matplotlib.pyplot as plt
+
+    result = checked(ppca(), rows=150, draws=19)
+    group = result.groups["prior_sbc"]
+    ranks = result.groups["simulation_based_calibration"]["rank"]
+    for name in group.data_vars:
+        own = ranks.sel(quantity=name).values
+        np.testing.assert_allclose(group[name].values[0], (own + 0.5) / 20)
+    arviz_plots.plot_ecdf_pit(xarray.DataTree.from_dict({"prior_sbc": group}), backend="none")
+    plt.close("all")
