@@ -134,7 +134,7 @@ def statistics(result: CheckResult) -> Figure:
     }
     columns = min(4, len(shown))
     lines = math.ceil(len(shown) / columns)
-    replicated = result.groups[result.name][list(shown)]
+    replicated = result.groups[f"{result.name}_statistics"][list(shown)]
     collection = PlotCollection.wrap(
         replicated,
         cols=["__variable__"],

@@ -298,7 +298,7 @@ def _groups(
     name: str, names: Sequence[str], observed: np.ndarray, replicated: np.ndarray
 ) -> dict[str, Dataset]:
     return {
-        name: Dataset(
+        f"{name}_statistics": Dataset(
             {own: (("chain", "draw"), replicated[None, :, k]) for k, own in enumerate(names)},
             coords={"chain": [0], "draw": np.arange(len(replicated))},
         ),

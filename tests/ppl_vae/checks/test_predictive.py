@@ -303,7 +303,7 @@ def test_runs_stay_small(pair, truth, monkeypatch):
     hook.remove()
     assert (sizes.count(64), sizes.count(36)) == (50, 50)  # 100 rows a replicate
     assert max(sizes) == 100  # reading the sites
-    values = result.groups["population_predictive"]["mean"].values
+    values = result.groups["population_predictive_statistics"]["mean"].values
     assert values.shape == (1, 50)
     assert len(np.unique(values)) == 50
 
@@ -358,7 +358,7 @@ def test_check_reports_and_saves(pair, truth, tmp_path):
     assert [r.name for r in report.results] == names
     assert set(report.skipped) == {"label_calibration"}
     assert report.idata["posterior"].sizes["draw"] == 6
-    assert report.idata["population_predictive"].sizes["draw"] == ENOUGH
+    assert report.idata["population_predictive_statistics"].sizes["draw"] == ENOUGH
     saved = json.loads((tmp_path / "check.json").read_text())
     assert saved == report.to_json()
     rates = [one["error_rate"] for one in saved["checks"]]
@@ -376,6 +376,24 @@ def test_check_reports_and_saves(pair, truth, tmp_path):
         "posterior_predictive-x-pit.png",
     }
     assert "population_predictive: pass" in str(report)
+
+
+def test_draws_keep_their_groups_beside_the_statistics_of_the_checks():
+    torch.manual_seed(0)
+    model = Template.toy()  # with a global latent, so that both checks apply
+    guide = MeanField(model, MLP(4, 8), x=torch.ones(2, 4))
+    names = ["prior_predictive", "posterior_predictive"]
+    report = check(
+        model,
+        guide,
+        as_test(model.simulate(20)["x"]),
+        only=names,
+        to_arviz={"rows": 5, "draws": 6},
+        **{name: {"replicates": ENOUGH} for name in names},
+    )
+    for name in names:
+        assert report.idata[name]["x"].shape == (1, 6, 5, 4)
+        assert report.idata[f"{name}_statistics"]["mean"].shape == (1, ENOUGH)
 
 
 def test_a_failed_save_leaves_the_earlier_report(pair, truth, tmp_path, monkeypatch):
