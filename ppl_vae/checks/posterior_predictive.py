@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 
 from ppl_vae.checks.population_predictive import ADVICE
 from ppl_vae.checks.replication import Columns, check_settings, compare, compared
-from ppl_vae.checks.result import CheckResult, Progress, silent
+from ppl_vae.checks.result import CheckResult, NotApplicable, Progress, silent
 from ppl_vae.checks.statistics import OF_ROWS, Statistic
-from ppl_vae.draws import held_out, model_nodes, one_draw, rows_at_once, unobserved_sites
+from ppl_vae.draws import (
+    held_out,
+    model_nodes,
+    one_draw,
+    rows_at_once,
+    shared_values,
+    unobserved_sites,
+)
 from ppl_vae.importance import parts
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import check_data, check_pair, evaluating
@@ -40,25 +47,37 @@ def posterior_predictive(
     posterior predictive p-value with latents drawn anew for each replicate is not (Meng 1994, Ann.
     Stat. 22, 1142: it stays near 1/2). Source: Johnson 2007, "Bayesian model assessment using
     pivotal quantities" (Bayesian Anal. 2, 719-734); Gosselin 2011 (PLoS ONE 6, e14770), which calls
-    them sampled posterior p-values.
+    them sampled posterior p-values. Global latents, which were learned from other rows, are drawn
+    from the guide for each replicate: their uncertainty is part of what the rows may differ by.
+    Observables that the story draws before latents of the rows, such as labels, are given, and not
+    compared.
 
     It sees less of what the prior gets wrong than
     :func:`~ppl_vae.checks.population_predictive.population_predictive`, and more of the
     likelihood: noise that is too wide, too narrow, or of another kind. A guide that is off may
     fail it too. Records, arguments and errors are those of ``population_predictive``, but that
     nothing is learned from training rows.
+
+    Raises:
+        NotApplicable: nothing is compared but observables that are given.
     """
     check_settings(level, rows, replicates)
     with evaluating(seed, model, guide):
         _, columns = held_out(model, data, split=split, rows=rows, seed=seed)
         check_data(model, [columns])
         check_pair(model, guide, **columns)
+        names = _replicated(model, columns)
+        asked = compared(model, columns, statistics, site)
+        chosen = {name: one for name, one in asked.items() if one.site in names}
+        if not chosen:
+            given = next(iter(asked.values())).site
+            raise NotApplicable(f"{given!r} comes before latents of the rows, and is given here")
         return compare(
             "posterior_predictive",
             model,
             columns,
-            compared(model, columns, statistics, site),
-            _given_latents(model, guide, columns, replicates),
+            chosen,
+            _given_latents(model, guide, columns, names, replicates),
             count=replicates,
             level=level,
             settings={"split": split, "seed": seed},
@@ -78,30 +97,52 @@ def posterior_predictive(
         )
 
 
+def _replicated(model: GenerativeModel, columns: Columns) -> list[str]:
+    """Observables that the story draws after all latents on which the last of them may depend.
+
+    Those before are given: with one drawn anew, such as a label, latents that came of it would be
+    another's.
+    """
+    order = list(unobserved_sites(model, columns))
+    seen = [name for name in order if name in columns]
+    before = [name for name in order[: order.index(seen[-1])] if name not in seen]
+    start = order.index(before[-1]) if before else -1
+    return [name for name in seen if order.index(name) > start]
+
+
 def _given_latents(
-    model: GenerativeModel, guide: torch.nn.Module, columns: Columns, replicates: int
+    model: GenerativeModel,
+    guide: torch.nn.Module,
+    columns: Columns,
+    names: Sequence[str],
+    replicates: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """Data sets ``(rows, event)`` a site, all from one draw of the latents, one at a time."""
+    """Data sets ``(rows, event)`` of the sites ``names``, one at a time, all from one draw of the
+    rows' latents and what else comes before."""
     sites = unobserved_sites(model, columns)
-    observables = [name for name in model.observables if name in columns]
     rows, given = len(next(iter(columns.values()))), model.covariates_in(columns)
-    at_once = min(rows, rows_at_once(sum(sites[n].event_shape.numel() for n in observables)))
-    latents: list[dict[str, Tensor]] = []
-    for part in parts(rows, at_once):
-        own = one_draw(model, guide, {name: value[part] for name, value in columns.items()})
-        # Global latents are drawn once, with the first rows.
-        latents.append(own | {n: v for n, v in (latents or [own])[0].items() if not sites[n].local})
+    some = list(parts(rows, rows_at_once(sum(sites[n].event_shape.numel() for n in names))))
+    held: list[dict[str, Tensor]] = []
+    for part in some:
+        own = {name: value[part] for name, value in columns.items()}
+        drawn = one_draw(model, guide, own) | {n: v for n, v in own.items() if n in sites}
+        # Global latents are those of the first rows, until each replicate has its own.
+        first = (held or [drawn])[0]
+        alike = {name: first[name] for name in drawn if not sites[name].local}
+        held.append({name: v for name, v in (drawn | alike).items() if name not in names})
 
-    def emit(own: Mapping[str, Tensor], part: slice) -> dict[str, Any]:
-        some = {name: value[part] for name, value in given.items()}
-        return model_nodes(model, own, rows=part.stop - part.start, columns=some)
+    def emit(shared: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+        for part, own in zip(some, held, strict=True):
+            known = {name: value[part] for name, value in given.items()}
+            size = part.stop - part.start
+            yield model_nodes(model, own | shared, rows=size, columns=known)
 
-    if len(observables) == 1:  # then its law is the same for all replicates: nets run once
-        (name,) = observables
-        laws = [emit(*one)[name]["fn"] for one in zip(latents, parts(rows, at_once), strict=True)]
+    varies = any(not sites[name].local for name in held[0])
+    if len(names) == 1 and not varies:  # then its law is the same for all: nets run once
+        laws = [nodes[names[0]]["fn"] for nodes in emit({})]
         for _ in range(replicates):
-            yield {name: torch.cat([law.sample() for law in laws])}
+            yield {names[0]: torch.cat([law.sample() for law in laws])}
         return
     for _ in range(replicates):
-        drawn = [emit(*one) for one in zip(latents, parts(rows, at_once), strict=True)]
-        yield {name: torch.cat([one[name]["value"] for one in drawn]) for name in observables}
+        drawn = list(emit(shared_values(model, guide, columns) if varies else {}))
+        yield {name: torch.cat([nodes[name]["value"] for nodes in drawn]) for name in names}
