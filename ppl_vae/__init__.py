@@ -43,6 +43,7 @@ _HOMES = {
 }
 
 _MODULES = {
+    "checks",
     "conditionals",
     "data",
     "flows",
@@ -54,6 +55,7 @@ _MODULES = {
     "objectives",
     "plots",
     "priors",
+    "uses",
 }
 
 __all__ = sorted([*_HOMES, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
