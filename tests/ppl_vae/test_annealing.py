@@ -152,6 +152,7 @@ def test_of_each_row_the_estimate_has_the_evidence_as_its_mean(name, program, fl
     assert z.abs().max() < 4
 
 
+@pytest.mark.slow
 def test_reverse_chains_estimate_the_inverse_evidence(linear):
     """Without bias, so that their mean over many rows is the right one, however few chains."""
     model, guide, _ = linear
@@ -316,6 +317,7 @@ def test_one_seed_is_one_result_and_the_random_state_stays(linear):
     assert first.acceptance.shape == (24,)
 
 
+@pytest.mark.slow
 def test_run_by_python_recorded_or_compiled_the_result_is_the_same(linear, monkeypatch):
     monkeypatch.setattr(hmc, "RECORDING", 0)
     recorded = few(linear)

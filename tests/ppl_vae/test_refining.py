@@ -64,7 +64,7 @@ def linear(float64):
     return model, model.simulate(7)["x"]
 
 
-@pytest.mark.parametrize("family", [MeanField, SemiAmortized])
+@pytest.mark.parametrize("family", [MeanField, pytest.param(SemiAmortized, marks=pytest.mark.slow)])
 def test_a_mean_field_guide_reaches_the_best_one(linear, family) -> None:
     model, x = linear
     guide = family(model, MLP(5, 8, 3), x)  # random: far from the best

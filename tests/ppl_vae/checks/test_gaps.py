@@ -185,6 +185,7 @@ def test_a_global_latent_is_held(float64, program) -> None:
     near(of_rows(result, "approximation"), 0.0, 0.05)  # coordinates are independent
 
 
+@pytest.mark.slow
 def test_withheld_labels_are_summed_out(labeled_recipes) -> None:
     recipe = runpy.run_path(str(labeled_recipes))["bits"]()
     found = []

@@ -55,6 +55,7 @@ def test_figures_are_the_exact_evidence(float64):
     assert parts == pytest.approx(record["gap"], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [0.0, 0.5])
 def test_p_is_uniform_where_the_gap_is_what_is_tolerated(float64, tolerance):
     """Training rows are moved so that the expected gap is just that: with the truth itself, by

@@ -111,6 +111,7 @@ def test_information_is_bounded_by_the_rows(float64):
     assert nothing.upper == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_p_is_uniform_where_the_kl_is_what_is_tolerated(float64):
     model = ppca()
     guide, truth, p = exact(model), information_of(model), []

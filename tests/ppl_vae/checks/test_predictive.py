@@ -53,6 +53,7 @@ def by_name(result: CheckResult):
     return {record["statistic"]: record for record in result.statistics}
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_under_the_truth(pair):
     model, guide = pair
     p = []

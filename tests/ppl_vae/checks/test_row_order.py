@@ -40,6 +40,7 @@ def worst(result):
     return min(result.statistics, key=lambda record: record["p_adjusted"])
 
 
+@pytest.mark.slow
 def test_p_is_uniform_for_shuffled_rows(pair):
     model, guide = pair
     p = []
