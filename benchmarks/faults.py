@@ -168,6 +168,12 @@ def _inferred() -> Case:
     return model, exact(model), data
 
 
+def _withheld(sharpness: float = 1.0) -> Case:
+    """Classes of which a few training rows keep theirs."""
+    model = Clusters()
+    return model, exact(model, sharpness=sharpness), rows_of(model).labeled(100, seed=0)
+
+
 def _collapsed() -> Case:
     """The decoder leaves its latents aside, and so, rightly, does the posterior."""
     likelihood: Any = (model := ppca()).likelihood
@@ -227,6 +233,7 @@ SOUND: Mapping[str, Scenario] = {
     "Beta-Binomial": Scenario(lambda: _alike(BetaBinomial()), "successes, latents in (0, 1)"),
     "two modes": Scenario(lambda: _alike(TwoModes()), "x tells |z|, not its sign"),
     "clusters": Scenario(_inferred, "a class a row, inferred exactly"),
+    "labels withheld": Scenario(_withheld, "a class that few training rows show"),
     "labels": Scenario(_labeled, "an observed class beside the latents"),
 }
 """Nothing is wrong."""
@@ -241,6 +248,7 @@ FAULTS: Mapping[str, Scenario] = {
         lambda: _alike(ppca(), independent=True), "exact marginals, independent"
     ),
     "mode dropped": Scenario(lambda: _alike(TwoModes(), modes=1), "z > 0 alone"),
+    "classifier too sure": Scenario(lambda: _withheld(2.0), "log-odds of classes times 2"),
     "decoder overfitted": Scenario(_overfitted, "10 latents fitted to 40 rows"),
     "Gaussian for counts": Scenario(_gaussian_for_counts, "fitted to Gamma-Poisson data"),
     "Bernoulli for grey": Scenario(_bernoulli_for_grey, "pixels between 0 and 1"),
