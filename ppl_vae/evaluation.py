@@ -293,15 +293,19 @@ def inferred(
     return tuple(withheld)
 
 
+class NotMeasurable(ValueError):
+    """What rows' figures cannot be computed of yet."""
+
+
 def check_measurable(sites: Iterable[Site]) -> None:
     """Refuse what rows' figures cannot be computed of yet.
 
     Raises:
-        ValueError: a site in a plate besides the rows'.
+        NotMeasurable: a site in a plate besides the rows'.
     """
     for site in sites:
         if set(site.plates) - {ROWS}:
-            raise ValueError(
+            raise NotMeasurable(
                 f"site {site.name!r} stands in plates {', '.join(site.plates)}; expected none but "
                 f"{ROWS!r}: make the other dims event dims with .to_event"
             )

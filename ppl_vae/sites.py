@@ -240,10 +240,12 @@ def _check_parameters(program: Callable[..., Any], trace: Trace) -> None:
     """A parameter that only Pyro's store holds would be lost when a module is saved."""
     if not isinstance(program, torch.nn.Module):
         return
-    # An AutoGuide's or PyroModule's parameter statement carries its attribute path as name.
+    # An AutoGuide's or PyroModule's parameter statement carries its attribute path as name, and
+    # where it has a name of its own, as an AutoGuide has, that before it.
+    own = f"{getattr(program, '_pyro_name', '')}."
     held = {name.removesuffix("_unconstrained") for name, _ in program.named_parameters()}
     for name, node in cast(dict[str, dict[str, Any]], trace.nodes).items():
-        if node["type"] == "param" and name.replace("$$$", ".") not in held:
+        if node["type"] == "param" and name.replace("$$$", ".").removeprefix(own) not in held:
             raise PairError(
                 f"{_name(program)}: pyro.param({name!r}) is not a parameter of the module, so it "
                 "would not be saved: make it an attribute, self.name = PyroParam(...)"

@@ -120,7 +120,7 @@ def check(
         PairError: the guide does not fit the model.
     """
     dataset = as_dataset(data)
-    names = list(CHECKS if only is None else only)
+    names = list(dict.fromkeys(CHECKS if only is None else only))
     if unknown := [n for n in [*names, *options] if n not in CHECKS and n != "to_arviz"]:
         raise ValueError(f"there is no check {unknown[0]!r}, only {', '.join(CHECKS)}")
     if not 0 < level < 1:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ppl_vae.checks.result import NotApplicable
 from ppl_vae.data import Dataset
 from ppl_vae.draws import observed
-from ppl_vae.evaluation import Scored, inferred, score_rows
+from ppl_vae.evaluation import NotMeasurable, Scored, inferred, score_rows
 from ppl_vae.model import GenerativeModel
 
 _MEMORY = 512  # MiB
@@ -33,20 +34,24 @@ def score_chosen(
         chosen: ``(rows,)``, numbers of rows of the split.
 
     Raises:
+        NotApplicable: a site stands in a plate besides that of the rows.
         ValueError, PairError: as :func:`ppl_vae.evaluate`.
     """
     stored = {name: column[chosen] for name, column in dataset.splits[split].items()}
-    return score_rows(
-        model,
-        guide,
-        replace(dataset, splits={**dataset.splits, split: stored}),
-        samples=samples,
-        split=split,
-        seed=seed,
-        memory=_MEMORY,
-        compile="auto",
-        withheld=inferred(model, dataset, None),
-    )
+    try:
+        return score_rows(
+            model,
+            guide,
+            replace(dataset, splits={**dataset.splits, split: stored}),
+            samples=samples,
+            split=split,
+            seed=seed,
+            memory=_MEMORY,
+            compile="auto",
+            withheld=inferred(model, dataset, None),
+        )
+    except NotMeasurable as error:
+        raise NotApplicable(str(error)) from None
 
 
 def given(

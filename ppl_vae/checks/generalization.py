@@ -65,7 +65,8 @@ def generalization(
         tolerance: in standard deviations over held-out rows; 0 tests for any gap at all.
 
     Raises:
-        NotApplicable: ``split`` is "train", or holds the same rows; fewer than 10 rows.
+        NotApplicable: ``split`` is "train", or holds the same rows; fewer than 10 rows; a
+            site stands in a plate besides that of the rows.
         ValueError: a negative tolerance; a level outside (0, 1); and as :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
     """

@@ -20,7 +20,7 @@ from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress,
 from ppl_vae.checks.statistics import holm
 from ppl_vae.data import as_dataset
 from ppl_vae.detection import auroc
-from ppl_vae.evaluation import inferred, score_rows
+from ppl_vae.evaluation import NotMeasurable, inferred, score_rows
 from ppl_vae.model import GenerativeModel
 
 
@@ -112,7 +112,8 @@ def label_calibration(
         bins: of confidence, of equal width.
 
     Raises:
-        NotApplicable: no label is withheld from a training row, or the model infers none.
+        NotApplicable: no label is withheld from a training row, or the model infers none; a site
+            stands in a plate besides that of the rows.
         ValueError: no labels to compare with; too few replicates for any p-value to be below
             ``level`` after correction; a level outside (0, 1); and as :func:`label_posterior`.
         PairError: guide or data do not fit the model.
@@ -127,7 +128,10 @@ def label_calibration(
     dataset = as_dataset(data)
     if not inferred(model, dataset, None):
         raise NotApplicable("no label that the model infers is withheld from a training row")
-    posterior = label_posterior(model, guide, dataset, split=split, samples=samples, seed=seed)
+    try:
+        posterior = label_posterior(model, guide, dataset, split=split, samples=samples, seed=seed)
+    except NotMeasurable as error:
+        raise NotApplicable(str(error)) from None
     progress(0.9)
     labels = posterior.known()
     records, drawn = calibration_test(

@@ -74,7 +74,7 @@ def latent_use(
 
     Raises:
         NotApplicable: no latent of the rows; the guide is :class:`ppl_vae.Prior`, which uses none
-            on purpose; fewer than 10 rows.
+            on purpose; fewer than 10 rows; a site in a plate besides that of the rows.
         ValueError: a tolerance or a level out of range; and as :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
     """
@@ -238,7 +238,9 @@ def _of_all(records: list[dict[str, Any]], columns: Figures, sites: list[str]) -
 def _variances(columns: Figures, site: str) -> np.ndarray:
     """Of the posterior mean of each coordinate over rows; empty where there is no such mean."""
     means = columns.get(("posterior mean", site))
-    return np.empty(0) if means is None else means.flatten(1).var(0, correction=0).numpy()
+    return (
+        np.empty(0) if means is None else means.reshape(len(means), -1).var(0, correction=0).numpy()
+    )
 
 
 def _group(columns: Figures, sites: list[str]) -> Dataset:

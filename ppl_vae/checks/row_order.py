@@ -65,7 +65,7 @@ def row_order(
         permutations: of the rows.
 
     Raises:
-        NotApplicable: fewer than 10 rows.
+        NotApplicable: fewer than 10 rows; a site stands in a plate besides that of the rows.
         ValueError: too few permutations for p to be below ``level``; a level outside (0, 1); and as
             :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
@@ -157,7 +157,7 @@ def _figures(
         f"{site}[{k}]": values
         for kind, site in scored.columns
         if kind == "posterior mean"
-        for k, values in enumerate(scored.columns[kind, site].flatten(1).T)
+        for k, values in enumerate(scored.columns[kind, site].reshape(len(shuffled), -1).T)
     }
     # By the variance, which is the same in every order.
     most = sorted(means, key=lambda name: -float(means[name].var()))[:_LATENTS]

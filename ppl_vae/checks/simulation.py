@@ -30,7 +30,7 @@ from ppl_vae.draws import (
     rows_at_once,
     shared_values,
 )
-from ppl_vae.evaluation import check_measurable, inferred
+from ppl_vae.evaluation import NotMeasurable, check_measurable, inferred
 from ppl_vae.importance import parts
 from ppl_vae.model import ROWS, GenerativeModel, own_parameters, sample_nodes
 from ppl_vae.sites import Site, check_data, check_pair, read_sites
@@ -150,7 +150,7 @@ def simulate(
     sites = read_sites(model, **held)
     try:
         check_measurable(sites.values())
-    except ValueError as error:
+    except NotMeasurable as error:
         raise NotApplicable(str(error)) from None
     latent = {name: s for name, s in sites.items() if s.local and not s.observed}
     if not latent:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -115,7 +117,10 @@ def told_apart(real: Tensor, simulated: Tensor, seed: int) -> Statistic:
     net = MLPClassifier(
         (64,), learning_rate_init=0.01, early_stopping=True, max_iter=50, random_state=seed
     )
-    classifier: Any = make_pipeline(StandardScaler(), net).fit(x, y)
+    classifier: Any = make_pipeline(StandardScaler(), net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is to find much, not all
+        classifier.fit(x, y)
 
     def log_odds(x: Tensor) -> float:
         p = classifier.predict_proba(x.cpu().numpy())[:, 1].clip(1e-6, 1 - 1e-6)

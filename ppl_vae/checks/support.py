@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
+from ppl_vae.batches import known_columns
 from ppl_vae.checks.result import CheckResult, Progress, silent
 from ppl_vae.data import as_dataset
-from ppl_vae.draws import observed
-from ppl_vae.importance import parts
+from ppl_vae.draws import example
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import PairError, check_data, check_labels, evaluating
-
-_AT_ONCE = 1000  # rows
 
 
 def support(
@@ -29,7 +27,8 @@ def support(
     """Looks for data that the model gives no probability: wrong shapes, values off its support.
 
     Such are grey pixels under a Bernoulli: their log-"likelihood" is finite, and none. Every row
-    of every split is looked at. Chance plays no part, so that ``error_rate`` is 0.
+    of every split is looked at, and every label that is given. Chance plays no part, so that
+    ``error_rate`` is 0.
 
     Each record has the split, its rows, and the error, empty where there is none.
 
@@ -41,13 +40,14 @@ def support(
         ValueError: a covariate is missing.
     """
     dataset = as_dataset(data)
+    like = example(model)
     records: list[dict[str, Any]] = []
     with evaluating(seed, model, guide):
         for number, name in enumerate(dataset.splits):
             rows, error = dataset.split(name), ""
-            batches = (observed(model, rows, part) for part in parts(len(rows), _AT_ONCE))
+            batches = known_columns(rows, like.device, like.dtype)
             try:
-                check_data(model, batches)
+                check_data(model, map(model.observed, batches))
                 check_labels(model, dataset, name)
             except PairError as found:
                 error = str(found)
