@@ -28,6 +28,7 @@ from ppl_vae.checks.report import Report
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture
 from ppl_vae.checks.row_order import row_order
 from ppl_vae.checks.simulation_based_calibration import simulation_based_calibration
+from ppl_vae.checks.statistics import check_level
 from ppl_vae.checks.structure import structure
 from ppl_vae.checks.support import support
 from ppl_vae.data import as_dataset
@@ -123,8 +124,7 @@ def check(
     names = list(dict.fromkeys(CHECKS if only is None else only))
     if unknown := [n for n in [*names, *options] if n not in CHECKS and n != "to_arviz"]:
         raise ValueError(f"there is no check {unknown[0]!r}, only {', '.join(CHECKS)}")
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     own = level / max(1, len(set(names) - EXACT))
     common = {"split": split, "seed": seed}
     results: list[CheckResult] = []

@@ -19,6 +19,7 @@ from xarray import Dataset
 from ppl_vae.checks import latent_figures as figures
 from ppl_vae.checks.chosen import given, numbers_of_rows
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
+from ppl_vae.checks.statistics import check_level
 from ppl_vae.data import as_dataset
 from ppl_vae.draws import (
     laid_out,
@@ -83,8 +84,7 @@ def aggregate_posterior(
             the model observes, or a covariate is missing.
         PairError: guide or data do not fit the model.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     if not 0 <= tolerance < 0.5:
         raise ValueError(f"tolerance={tolerance}: expected a share of the rows, from 0 to 1/2")
     if isinstance(guide, Prior):

@@ -22,6 +22,7 @@ from ppl_vae.checks.evidence_report import (
     standard_error,
 )
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
+from ppl_vae.checks.statistics import check_level
 from ppl_vae.data import as_dataset
 from ppl_vae.density import NotAnnealable, Start
 from ppl_vae.draws import held_out, model_nodes, some_covariates
@@ -256,8 +257,7 @@ def _check_settings(
     simulated_rows: int,
     tolerance: float,
 ) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     if rows < 2 or samples < 1:
         raise ValueError(f"rows={rows}, samples={samples}: expected at least 2 rows, 1 sample")
     if annealed_rows == 1 or simulated_rows == 1 or min(annealed_rows, simulated_rows) < 0:

@@ -13,7 +13,7 @@ from xarray import Dataset
 
 from ppl_vae.checks.chosen import numbers_of_rows, score_chosen
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
-from ppl_vae.checks.statistics import holm
+from ppl_vae.checks.statistics import check_level, holm
 from ppl_vae.data import Dataset as Data
 from ppl_vae.data import as_dataset
 from ppl_vae.evaluation import Scored
@@ -70,8 +70,7 @@ def generalization(
         ValueError: a negative tolerance; a level outside (0, 1); and as :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance}: expected a number of standard deviations, from 0")
     dataset = as_dataset(data)

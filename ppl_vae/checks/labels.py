@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from xarray import Dataset
 from ppl_vae.calibration import LabelPosterior, calibrated_accuracy, reliability
 from ppl_vae.checks import label_figures
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
-from ppl_vae.checks.statistics import holm
+from ppl_vae.checks.statistics import check_level, check_replicates, holm
 from ppl_vae.data import as_dataset
 from ppl_vae.detection import auroc
 from ppl_vae.evaluation import NotMeasurable, inferred, score_rows
@@ -118,13 +117,8 @@ def label_calibration(
             ``level`` after correction; a level outside (0, 1); and as :func:`label_posterior`.
         PairError: guide or data do not fit the model.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
-    if replicates < (needed := math.ceil(2 / level) - 1):
-        raise ValueError(
-            f"replicates={replicates}: at level {level:g} even the worst model would pass; "
-            f"expected at least {needed}"
-        )
+    check_level(level)
+    check_replicates("replicates", replicates, level, tests=2)
     dataset = as_dataset(data)
     if not inferred(model, dataset, None):
         raise NotApplicable("no label that the model infers is withheld from a training row")

@@ -17,7 +17,7 @@ from ppl_vae.checks.aggregate import MutualInformation, log_q_of_all, mutual_inf
 from ppl_vae.checks.chosen import given, numbers_of_rows, score_chosen
 from ppl_vae.checks.fixed_latents import FixedLatents
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
-from ppl_vae.checks.statistics import holm
+from ppl_vae.checks.statistics import check_level, holm
 from ppl_vae.data import as_dataset
 from ppl_vae.draws import posterior_nodes, rows_at_once
 from ppl_vae.evaluation import ACTIVE
@@ -78,8 +78,7 @@ def latent_use(
         ValueError: a tolerance or a level out of range; and as :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance}: expected a positive number of nats per datum")
     if isinstance(guide, Prior):

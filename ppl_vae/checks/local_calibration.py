@@ -21,7 +21,7 @@ from ppl_vae.checks.ranks import polynomials
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
 from ppl_vae.checks.simulation import ASPECTS, Quantity, Simulation, simulate, words
 from ppl_vae.checks.simulation_based_calibration import FEWEST
-from ppl_vae.checks.statistics import holm
+from ppl_vae.checks.statistics import check_level, holm
 from ppl_vae.model import GenerativeModel
 from ppl_vae.sites import evaluating
 
@@ -85,8 +85,7 @@ def local_calibration(
         ValueError: a level outside (0, 1), fewer than 200 rows, or than 4 draws; and as there.
         PairError: guide or data do not fit the model.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     if rows < 2 * FEWEST or draws < 4:
         raise ValueError(f"{rows=}, {draws=}: expected at least {2 * FEWEST} rows and 4 draws")
     with evaluating(seed, model, guide):

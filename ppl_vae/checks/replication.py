@@ -17,6 +17,8 @@ from ppl_vae.checks.statistics import (
     OF_ROWS,
     STATISTICS,
     Statistic,
+    check_level,
+    check_replicates,
     compute,
     frequencies,
     max_adjusted,
@@ -94,16 +96,10 @@ def check_settings(level: float, rows: int, replicates: int) -> None:
     Raises:
         ValueError: it says what was expected.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+    check_level(level)
     if rows < 2:
         raise ValueError(f"rows={rows}: expected at least 2")
-    # The smallest p is 1 / (replicates + 1); with fewer the check could never fail a model.
-    if replicates < (needed := math.ceil(1 / level) - 1):
-        raise ValueError(
-            f"replicates={replicates}: at level {level:g} even the worst model would pass; "
-            f"expected at least {needed}"
-        )
+    check_replicates("replicates", replicates, level)
 
 
 def from_the_start(

@@ -14,7 +14,7 @@ from xarray import Dataset
 
 from ppl_vae.checks.chosen import numbers_of_rows, score_chosen
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
-from ppl_vae.checks.statistics import max_adjusted
+from ppl_vae.checks.statistics import check_level, check_replicates, max_adjusted
 from ppl_vae.data import Dataset as Data
 from ppl_vae.data import as_dataset
 from ppl_vae.draws import observed
@@ -70,13 +70,8 @@ def row_order(
             :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
-    if permutations < (needed := math.ceil(1 / level) - 1):
-        raise ValueError(
-            f"permutations={permutations}: at level {level:g} even sorted rows would pass; "
-            f"expected at least {needed}"
-        )
+    check_level(level)
+    check_replicates("permutations", permutations, level)
     dataset = as_dataset(data)
     stretch = _stretch(len(dataset.split(split)), rows, seed)
     if len(stretch) < _FEWEST:

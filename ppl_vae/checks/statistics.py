@@ -189,6 +189,30 @@ def max_adjusted(observed: np.ndarray, replicated: np.ndarray) -> np.ndarray:
     return np.where(varies, (1 + as_large.sum(0)) / (1 + len(replicated)), 1.0)
 
 
+def check_level(level: float) -> None:
+    """Refuse what is no error rate.
+
+    Raises:
+        ValueError: it says what was expected.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: expected an error rate between 0 and 1, such as 0.05")
+
+
+def check_replicates(what: str, count: int, level: float, *, tests: int = 1) -> None:
+    """Refuse so few replicates that ``tests`` times the smallest p, ``1 / (1 + count)``, is above
+    the level: the check could then never fail a model.
+
+    Raises:
+        ValueError: it says how many are needed.
+    """
+    if count < (needed := math.ceil(tests / level) - 1):
+        raise ValueError(
+            f"{what}={count}: at level {level:g} even the worst model would pass; expected at "
+            f"least {needed}"
+        )
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values adjusted by Holm's step-down method (1979), in the order given."""
     order = sorted(range(len(p)), key=lambda i: p[i])
