@@ -212,7 +212,9 @@ rootogram(report.idata)
 
 # %% [markdown]
 # And here a pixel of each digit at random, which is what the check itself shows: entries of
-# different rows are independent given the latents, so that bands mean what they say.
+# different rows are independent given the latents, so that bands mean what they say. (For a
+# density, ArviZ's `plot_ppc_pit` takes its place, for bits `plot_ppc_pava`; a report chooses by the
+# observable.)
 
 # %%
 report.results[1].plot("x-rootogram")
@@ -252,10 +254,11 @@ for name, pair in {"plain": plain, "VampPrior": vamp, "and Beta-Binomial": bette
 rootogram(ppl_vae.to_arviz(*better, digits, split="validation", rows=300))
 
 # %% [markdown]
-# Given the digits' latents, zeros are right; so is the pixel; and the NLL is better by seven nats.
-# And the check fails still, with something new: neighboring pixels agree too little, with latents
-# from the prior and with the digits' own alike. The Binomial had that right. Totals spread less
-# than ever, and the classifier tells the samples more easily than before.
+# Given the digits' latents, zeros are right over all pixels; this one has its 16 now, and zeros a
+# few too many; and the NLL is better by seven nats. And the check fails still, with something new:
+# neighboring pixels agree too little, with latents from the prior and with the digits' own alike.
+# The Binomial had that right. Totals spread less than ever, and the classifier tells the samples
+# more easily than before.
 #
 # All this has one cause. Given $z$, pixels are independent in all of these stories. The Binomial
 # has little noise, so that its net has to draw every stroke itself. The Beta-Binomial explains by
