@@ -44,7 +44,7 @@ def held_out(
     model: GenerativeModel, data: Any, *, split: str, rows: int, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A random subset of a split: row numbers ``(rows,)``, ascending, and what the model observes
-    of them, with its covariates.
+    of them, with its covariates. Labels that are withheld from some rows of the split are left out.
 
     Never a prefix: the rows of some test sets stand sorted by class.
 
@@ -54,7 +54,8 @@ def held_out(
     held = as_dataset(data).split(split)
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     chosen = order[:rows].sort().values
-    columns = observed(model, held, chosen)
+    withheld = {"y"}.intersection(model.observables) if held.labeled is not None else ()
+    columns = observed(model, held, chosen, withheld)
     if not columns.keys() & set(model.observables):
         raise ValueError(
             f"{type(model).__name__} observes {', '.join(model.observables)}, but the data have "

@@ -111,8 +111,8 @@ def label_calibration(
         bins: of confidence, of equal width.
 
     Raises:
-        NotApplicable: no label is withheld from a training row, or the model infers none; a site
-            stands in a plate besides that of the rows.
+        NotApplicable: no label is withheld from a training row, or the model infers none; labels
+            are withheld from rows of the split; a site stands in a plate besides that of the rows.
         ValueError: no labels to compare with; too few replicates for any p-value to be below
             ``level`` after correction; a level outside (0, 1); and as :func:`label_posterior`.
         PairError: guide or data do not fit the model.
@@ -122,6 +122,8 @@ def label_calibration(
     dataset = as_dataset(data)
     if not inferred(model, dataset, None):
         raise NotApplicable("no label that the model infers is withheld from a training row")
+    if dataset.split(split).labeled is not None:
+        raise NotApplicable(f"labels are withheld from rows of {split!r}: none to compare with")
     try:
         posterior = label_posterior(model, guide, dataset, split=split, samples=samples, seed=seed)
     except NotMeasurable as error:

@@ -262,8 +262,8 @@ def _region(learned: _Learned, aspect: int, quantity: int) -> str:
         for name, values in learned.summaries.items()
         if np.ptp(values) > 0
     }
-    name = max(found, key=lambda name: abs(found[name]))
-    if abs(found[name]) < _SIMPLE:
+    name = max(found, key=lambda name: abs(found[name]), default="")
+    if not name or abs(found[name]) < _SIMPLE:
         return ""
     return f"{'large' if found[name] > 0 else 'small'} {name}"
 

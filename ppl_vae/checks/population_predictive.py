@@ -110,6 +110,7 @@ def population_predictive(
             first.
 
     Raises:
+        NotApplicable: there is one row.
         ValueError: too few rows, or too few replicates for any p-value to be below ``level`` after
             correction; a level outside (0, 1); a statistic that does not return one number; none
             that is applicable; a model that emits values that are not finite.

@@ -59,7 +59,7 @@ def posterior_predictive(
     nothing is learned from training rows.
 
     Raises:
-        NotApplicable: nothing is compared but observables that are given.
+        NotApplicable: nothing is compared but observables that are given; there is one row.
     """
     check_settings(level, rows, replicates)
     with evaluating(seed, model, guide):

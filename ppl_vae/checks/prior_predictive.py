@@ -46,7 +46,7 @@ def prior_predictive(
 
     Raises:
         NotApplicable: there is a guide, and no global latent: the check would be
-            ``population_predictive`` once more.
+            ``population_predictive`` once more. There is one row.
     """
     check_settings(level, rows, replicates)
     programs = (model,) if guide is None else (model, guide)

@@ -12,7 +12,7 @@ from torch import Tensor
 from xarray import Dataset
 
 from ppl_vae.checks import predictive_figures as figures
-from ppl_vae.checks.result import CheckResult, Picture, Progress
+from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress
 from ppl_vae.checks.statistics import (
     OF_ROWS,
     STATISTICS,
@@ -52,8 +52,11 @@ def compared(
         site: the one observable; None: all that the data have, or, with ``statistics``, the first.
 
     Raises:
+        NotApplicable: there is one row.
         ValueError: no such observable, no such column, or no statistic.
     """
+    if len(next(iter(columns.values()))) < 2:
+        raise NotApplicable("one row; statistics of a data set need at least 2")
     names = [name for name in model.observables if name in columns]
     if site is not None and site not in names:
         raise ValueError(

@@ -29,7 +29,7 @@ from ppl_vae.models._template import Template
 from ppl_vae.models.mixture_vae import MixtureVAE
 from ppl_vae.models.semi_supervised import M2
 from ppl_vae.nn import MLP
-from ppl_vae.sites import read_sites
+from ppl_vae.sites import check_pair, read_sites
 
 ROWS = 120  # of each split
 SIZES: dict[str, dict[str, Any]] = {
@@ -307,3 +307,36 @@ def test_the_whole_report_is_made(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MORE)
 def test_the_whole_report_is_made_of_every_pair(name: str, tmp_path: Path) -> None:
     whole_report(MORE[name], tmp_path)
+
+
+def skipped(case: Case, *names: str, split: str = "test") -> Mapping[str, str]:
+    sizes = {name: SIZES[name] for name in (*names, "to_arviz")}
+    return check(*case, only=names, split=split, **sizes).skipped
+
+
+def test_labels_that_are_withheld_from_the_split_are_no_data() -> None:
+    names = ("population_predictive", "posterior_predictive", "label_calibration")
+    why = skipped(m2("some"), *names, split="train")
+    assert why == {
+        "label_calibration": "labels are withheld from rows of 'train': none to compare with"
+    }
+
+
+def test_a_further_plate_is_no_error() -> None:
+    why = skipped(own(Parts(), OfParts()), "row_order", "generalization", "latent_use")
+    assert set(why) == {"row_order", "generalization", "latent_use"}
+    assert all("'z' stands in plates data, parts" in reason for reason in why.values())
+
+
+def test_one_row_is_too_few_and_no_error() -> None:
+    model = Scalar()
+    x = model.simulate(50)["x"]
+    data = as_dataset({"train": x, "test": x[:1]})
+    names = ("population_predictive", "posterior_predictive", "row_order")
+    assert set(skipped((model, OfScalar(), data), *names)) == set(names)
+
+
+def test_an_autoguide_is_a_guide() -> None:
+    shared = Shared()
+    model, guide, data = with_shared(shared, AutoNormal(shared))
+    check_pair(model, guide, x=data.splits["test"]["x"])
