@@ -265,6 +265,7 @@ def check_command(
     only: str | None = None,
     split: Literal["train", "validation", "test"] = "test",
     level: float = 0.05,
+    options: str | None = None,
     seed: int = 0,
     device: Device = "auto",
     json: bool = False,
@@ -279,6 +280,7 @@ def check_command(
         only: names of checks, parted by commas. Default: all that apply.
         split: the rows to check against.
         level: probability that the report as a whole fails a pair without a fault.
+        options: further arguments of checks, in JSON: {"evidence": {"rows": 1000}}.
         seed: of the draws.
         device: where to compute.
         json: print JSON.
@@ -286,6 +288,7 @@ def check_command(
     from ppl_vae.checks import check
     from ppl_vae.recipes import load
 
+    given = _arguments(options)
     fitted = load(run, device=device)
     report = check(
         fitted.model,
@@ -297,12 +300,25 @@ def check_command(
         seed=seed,
         progress=not json,
         out=run / "report",
+        **given,
     )
     if json:
         print(json_.dumps(report.to_json(), indent=2))
     else:
         print(report)
         print(run / "report" / "index.html")
+
+
+def _arguments(options: str | None) -> dict[str, dict[str, Any]]:
+    """Arguments by check, from JSON."""
+    expected = 'expected JSON such as {"evidence": {"rows": 1000}}'
+    try:
+        given = json_.loads(options or "{}")
+    except json_.JSONDecodeError as error:
+        raise ValueError(f"--options {options}: {error}; {expected}") from None
+    if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
+        raise ValueError(f"--options {options}: {expected}")
+    return given
 
 
 def sample_command(run: Path, n: int = 64, seed: int = 0, device: Device = "auto") -> None:

@@ -186,7 +186,7 @@ def test_labels_that_were_withheld_are_evaluated_and_checked(
     shown = figures["mean"]["labels"]["importance"]["brier"]
     error = figures["standard_error"]["labels"]["importance"]["brier"]
     assert f"{shown:.4f} +- {error:.4f}" in said
-    assert main(["check", str(folder / "seed-0")]) == 0
+    assert main(["check", str(folder / "seed-0"), "--only=label_calibration"]) == 0
     assert "label_calibration: " in capsys.readouterr().out
     assert (folder / "seed-0" / "report" / "figures" / "label_calibration-pava.png").exists()
 
@@ -231,11 +231,29 @@ def test_check_reports_p_values_and_saves_the_draws(
 ) -> None:
     import xarray
 
-    assert main(["check", str(run), "--json"]) == 0
+    words = ["--only", "support, row_order", "--options", '{"row_order": {"rows": 50}}', "--json"]
+    assert main(["check", str(run), "--level=0.1", *words]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((run / "report" / "check.json").read_text()) == printed
+    assert [one["name"] for one in printed["checks"]] == ["support", "row_order"]
+    assert printed["checks"][1]["error_rate"] == 0.1
+    assert printed["checks"][1]["settings"]["rows"] == 50
     with xarray.open_datatree(run / "report" / "idata.nc", engine="h5netcdf") as tree:
-        assert {"posterior", "posterior_predictive", "prior", "observed_data"} <= set(tree.children)
+        groups = {"posterior", "posterior_predictive", "prior", "observed_data", "sample_stats"}
+        assert groups <= set(tree.children)
+    assert main(["check", str(run), "--only=support"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(run / "report" / "index.html")
+    assert "support: pass" in said.out
+    assert "checking support" in said.err
+
+
+@pytest.mark.parametrize("options", ["{", "[1]", '{"evidence": 3}'])
+def test_options_that_are_no_arguments_of_checks_are_refused(
+    run: Path, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(run), "--options", options]) != 0
+    assert 'expected JSON such as {"evidence": {"rows": 1000}}' in capsys.readouterr().err
 
 
 def test_sample_draws_rows(run: Path) -> None:

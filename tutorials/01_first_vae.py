@@ -32,7 +32,7 @@ from torch import nn
 
 import ppl_vae
 from ppl_vae import plots
-from ppl_vae.checks.statistics import STATISTICS
+from ppl_vae.checks.statistics import OF_ROWS, STATISTICS
 from ppl_vae.guides import MeanField
 from ppl_vae.models import PPCA
 from ppl_vae.nn import MLP
@@ -204,7 +204,7 @@ print(f"ELBO {figures.elbo:.2f}, {figures.active_units} of 10 latents in use")
 # corrected so that a *true* model would fail in 5 % of all cases at most.
 
 # %%
-report = ppl_vae.check(model, guide, digits)
+report = ppl_vae.check(model, guide, digits, only=["population_predictive"])
 print(report)
 report.results[0].plot()
 
@@ -221,7 +221,7 @@ with torch.no_grad():
     by_prior = [model.simulate(len(test))["x"] for _ in rows]
     by_data = [model.x_dist(guide.posterior(train[row]).sample()).sample() for row in rows]
 print(f"{'':22}{'digits':>9}{'z: prior':>10}{'z: guide':>10}")
-for name, statistic in STATISTICS.items():
+for name, statistic in {**STATISTICS, **OF_ROWS}.items():
     means = [
         sum(float(statistic(drawn.double())) for drawn in drawns) / len(drawns)
         for drawns in ([test], by_prior, by_data)
@@ -308,4 +308,4 @@ print(f"-NLL, K = 500:        {-figures.nll:.4f}")
 # evidence of PPCA exactly does not make PPCA right:
 
 # %%
-print(ppl_vae.check(ppca, normal_guide, digits))
+print(ppl_vae.check(ppca, normal_guide, digits, only=["population_predictive"]))
