@@ -220,13 +220,13 @@ with torch.no_grad():
     rows = torch.randint(len(train), (20, len(test)))
     by_prior = [model.simulate(len(test))["x"] for _ in rows]
     by_data = [model.x_dist(guide.posterior(train[row]).sample()).sample() for row in rows]
-print(f"{'':22}{'digits':>9}{'z: prior':>10}{'z: guide':>10}")
+print(f"{'':27}{'digits':>9}{'z: prior':>10}{'z: guide':>10}")
 for name, statistic in {**STATISTICS, **OF_ROWS}.items():
     means = [
         sum(float(statistic(drawn.double())) for drawn in drawns) / len(drawns)
         for drawns in ([test], by_prior, by_data)
     ]
-    print(f"{name:22}{means[0]:9.3f}{means[1]:10.3f}{means[2]:10.3f}")
+    print(f"{name:27}{means[0]:9.3f}{means[1]:10.3f}{means[2]:10.3f}")
 
 # %% [markdown]
 # The mean and the smallest total (of the ink in a digit) come right as soon as $z$ comes from the
