@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class Site:
     def local(self) -> bool:
         """Whether each row of the data has a value of its own."""
         return ROWS in self.plates
+
+    @property
+    def coordinates(self) -> list[str]:
+        """Names of the entries of one draw, in the order of the flattened event: z[0], z[1], or
+        z[0, 0], z[0, 1], ... of several event dims; the site's own name, if it has none."""
+        if not self.event_shape:
+            return [self.name]
+        every = itertools.product(*map(range, self.event_shape))
+        return [f"{self.name}[{', '.join(map(str, index))}]" for index in every]
 
 
 class PairError(ValueError):

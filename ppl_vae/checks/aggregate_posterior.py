@@ -182,7 +182,7 @@ def _draws(
             anew = model_nodes(model, shared, rows=size, columns=some)
         for values, nodes in zip(both, (drawn, anew), strict=True):
             flat = {n: laid_out(nodes[n], 1, nesting)[1][0].reshape(size, -1) for n in local}
-            names = [f"{n}[{k}]" for n, z in flat.items() for k in range(z.shape[1])]
+            names = [coordinate for n in local for coordinate in sites[n].coordinates]
             if flat:
                 values.append(torch.cat([z.double() for z in flat.values()], 1).cpu().numpy())
     if not names:

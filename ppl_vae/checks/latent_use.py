@@ -24,7 +24,7 @@ from ppl_vae.evaluation import ACTIVE
 from ppl_vae.guide import Prior
 from ppl_vae.importance import Figures, parts
 from ppl_vae.model import GenerativeModel
-from ppl_vae.sites import evaluating
+from ppl_vae.sites import Site, evaluating
 
 _COMPARED = 500  # rows whose draws are compared with every other row
 _FEWEST = 10  # rows
@@ -98,7 +98,7 @@ def latent_use(
         progress(0.6)
         few = given(model, dataset, chosen[:_COMPARED], split=split)
         information = _information(FixedLatents(model, guide, few, _length(few), seed), sites)
-    records = [_record(site, scored.columns, lost[site], tolerance) for site in sites]
+    records = [_record(scored.sites[site], scored.columns, lost[site], tolerance) for site in sites]
     for record, p in zip(records, holm([record["p"] for record in records]), strict=True):
         record |= {"p_adjusted": p, "verdict": "fail" if p <= level else "pass"}
     failed = [record for record in records if record["verdict"] == "fail"]
@@ -126,7 +126,7 @@ def latent_use(
             "compared": _length(few),
             "correction": "Holm",
         },
-        groups={"latent_use": _group(scored.columns, sites)},
+        groups={"latent_use": _group(scored.columns, [scored.sites[site] for site in sites])},
         pictures={
             "latent_use": Picture(
                 figures.latents,
@@ -188,22 +188,23 @@ def _information(pair: FixedLatents, sites: list[str]) -> MutualInformation:
         return MutualInformation(math.nan, math.nan, math.nan)
 
 
-def _record(site: str, columns: Figures, lost: Tensor, tolerance: float) -> dict[str, Any]:
-    kl = columns["kl", site]
+def _record(site: Site, columns: Figures, lost: Tensor, tolerance: float) -> dict[str, Any]:
+    kl = columns["kl", site.name]
     kl = kl.reshape(len(kl))
     mean, error = float(kl.mean()), _error(kl)
     if error > 0:
         p = float(student.cdf((mean - tolerance) / error, len(kl) - 1))
     else:
         p = 0.0 if mean < tolerance else 1.0
-    active = _variances(columns, site) > ACTIVE
+    active = _variances(columns, site.name) > ACTIVE
+    coordinates = site.coordinates
     return {
-        "site": site,
+        "site": site.name,
         "kl": mean,
         "kl_se": error,
         "coordinates": len(active) or -1,
         "active": int(active.sum()) if len(active) else -1,
-        "inactive": [f"{site}[{k}]" for k in np.flatnonzero(~active)],
+        "inactive": [coordinates[k] for k in np.flatnonzero(~active)],
         "nats_lost": float(lost.mean()),
         "nats_lost_se": _error(lost),
         "mutual_information": math.nan,
@@ -237,20 +238,21 @@ def _of_all(records: list[dict[str, Any]], columns: Figures, sites: list[str]) -
 def _variances(columns: Figures, site: str) -> np.ndarray:
     """Of the posterior mean of each coordinate over rows; empty where there is no such mean."""
     means = columns.get(("posterior mean", site))
-    return (
-        np.empty(0) if means is None else means.reshape(len(means), -1).var(0, correction=0).numpy()
-    )
+    if means is None:
+        return np.empty(0)
+    return means.reshape(len(means), -1).var(0, correction=0).numpy()
 
 
-def _group(columns: Figures, sites: list[str]) -> Dataset:
+def _group(columns: Figures, sites: list[Site]) -> Dataset:
     """KL and variance of the posterior mean of each latent; nan where not in closed form."""
     names, kl, variance = list[str](), list[float](), list[float]()
     for site in sites:
-        closed = columns.get(("kl per latent", site))
-        variances = _variances(columns, site)
+        closed = columns.get(("kl per latent", site.name))
+        variances = _variances(columns, site.name)
         kls = np.empty(0) if closed is None else closed.mean(0).flatten().numpy()
+        coordinates = site.coordinates
         for k in range(max(len(kls), len(variances))):
-            names.append(f"{site}[{k}]")
+            names.append(coordinates[k])
             kl.append(float(kls[k]) if k < len(kls) else math.nan)
             variance.append(float(variances[k]) if k < len(variances) else math.nan)
     return Dataset(
@@ -272,7 +274,8 @@ def _meaning(
 ) -> str:
     last = records[-1]
     inactive = last["inactive"]
-    told = f" Draws tell {information.lower:.3g} to {information.upper:.3g} nats of their row"
+    lower, upper = (max(0.0, nats) for nats in (information.lower, information.upper))
+    told = f" Draws tell {lower:.3g} to {max(lower, upper):.3g} nats of their row"
     near = information.lower > math.log(compared) - 1
     capped = f" (at most {math.log(compared):.2f} can be seen)" if near else ""
     told = f"{told}{capped}." if math.isfinite(information.lower) else ""

@@ -149,10 +149,14 @@ def _figures(
     scored = score_chosen(model, guide, dataset, shuffled, split=split, samples=samples, seed=seed)
     figures = {"log p(x)": scored.columns["log evidence", ""]}
     means = {
-        f"{site}[{k}]": values
+        name: values
         for kind, site in scored.columns
         if kind == "posterior mean"
-        for k, values in enumerate(scored.columns[kind, site].reshape(len(shuffled), -1).T)
+        for name, values in zip(
+            scored.sites[site].coordinates,
+            scored.columns[kind, site].reshape(len(shuffled), -1).T,
+            strict=True,
+        )
     }
     # By the variance, which is the same in every order.
     most = sorted(means, key=lambda name: -float(means[name].var()))[:_LATENTS]

@@ -208,8 +208,8 @@ class _Ranker:
         self._scores_q = True
         self.quantities = (
             *(
-                Quantity(name, _coordinate(name, site.event_shape, int(k)))
-                for name, site in latent.items()
+                Quantity(name, coordinates[k])
+                for name, coordinates in ((n, site.coordinates) for n, site in latent.items())
                 for k in self._chosen[name]
             ),
             *(Quantity("", name) for name in _STEPS),
@@ -311,18 +311,6 @@ def _total(nodes: list[dict[str, Any]], draws: int) -> Tensor:
 def _some(size: int, most: int) -> Tensor:
     """At most so many of the numbers below ``size``, at random, ascending."""
     return torch.randperm(size)[:most].sort().values
-
-
-def _coordinate(site: str, event_shape: torch.Size, number: int) -> str:
-    """How a coordinate is called, by its number in the flattened event.
-
-    >>> _coordinate("z", torch.Size([2, 3]), 4)
-    'z[1, 1]'
-    """
-    if not event_shape:
-        return site
-    index = np.unravel_index(number, tuple(event_shape))
-    return f"{site}[{', '.join(str(int(i)) for i in index)}]"
 
 
 def _local(node: Mapping[str, Any]) -> bool:

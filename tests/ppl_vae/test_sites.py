@@ -77,6 +77,13 @@ def test_read_sites_shows_each_site_as_it_is(program):
     assert not read_sites(model, n=5)["x"].observed
 
 
+def test_coordinates_are_named_by_their_place_in_the_event(program):
+    sites = read_sites(program(everything, offset), x=torch.zeros(5, 1))
+    assert sites["k"].coordinates == ["k"]
+    assert sites["w"].coordinates == ["w[0]", "w[1]", "w[2]"]
+    assert (sites["z"].coordinates[5], len(sites["z"].coordinates)) == ("z[1, 1]", 8)
+
+
 def test_reading_and_checking_leave_the_random_state_and_the_store(program, draw, gaussian_story):
     decoded = both(lambda self, x: self.decoder(torch.zeros(2)), gaussian_story)
     model, guide = program(decoded, decoder=nn.Linear(2, 2)), program(draw("z", NORMAL))
