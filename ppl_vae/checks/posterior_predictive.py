@@ -135,7 +135,7 @@ def _given_latents(
         for part, own in zip(some, held, strict=True):
             known = {name: value[part] for name, value in given.items()}
             size = part.stop - part.start
-            yield model_nodes(model, own | shared, rows=size, columns=known)
+            yield model_nodes(model, {**own, **shared}, rows=size, columns=known)
 
     varies = any(not sites[name].local for name in held[0])
     if len(names) == 1 and not varies:  # then its law is the same for all: nets run once
