@@ -17,6 +17,7 @@ from xarray import DataArray
 
 from ppl_vae.assignments import every_value
 from ppl_vae.draws import (
+    after_latents,
     held_out,
     laid_out,
     model_nodes,
@@ -58,7 +59,8 @@ def to_arviz(
 
     ``posterior``: latents given the rows' data, from the guide; sites that the model enumerates
     are drawn from their exact posterior given the guide's. ``posterior_predictive``: the
-    observables anew from those latents, labels included. ``prior`` and ``prior_predictive``: the
+    observables anew from those latents; one that comes before latents, such as a label, is drawn by
+    itself, and what depends on it is given the row's own. ``prior`` and ``prior_predictive``: the
     story from its start, as many rows a draw. ``observed_data``: the rows. ``constant_data``: the
     rows' covariates, given which all is drawn, where the model has such. ``log_likelihood``: of
     each observable of a row, given the row's latents. ``sample_stats``: of each draw and row
@@ -159,15 +161,19 @@ def _groups(
                 _numpy(value, node["fn"].support.is_discrete)
             )
 
+    seen = [name for name in columns if name in sites]
+    later = after_latents(model, columns)
+    before = {name: columns[name] for name in seen if name not in later}
     for size in sizes:
         latents, nesting = posterior_nodes(model, guide, columns, draws=size, scored=True)
         add("posterior", latents, size, nesting)
         values = {name: node["value"] for name, node in latents.items()}
         with particles(size, nesting):
-            replicated = model_nodes(model, values, rows=rows, columns=columns)
+            replicated = model_nodes(model, values | before, rows=rows, columns=columns)
             drawn = model_nodes(model, {}, rows=rows, columns=columns)
-        seen = [name for name in columns if name in sites]
-        add("posterior_predictive", {n: replicated[n] for n in seen}, size, nesting)
+        # Those before latents depend on no latent of the row.
+        anew = {n: (drawn if n in before else replicated)[n] for n in seen}
+        add("posterior_predictive", anew, size, nesting)
         add("prior_predictive", {n: drawn[n] for n in seen}, size, nesting)
         latent = {n for n, node in drawn.items() if not node["is_observed"]}.difference(columns)
         add("prior", {n: node for n, node in drawn.items() if n in latent}, size, nesting)

@@ -87,6 +87,19 @@ def unobserved_sites(model: GenerativeModel, columns: Mapping[str, Tensor]) -> d
     return read_sites(model, n=min(2, *map(len, given.values())) if given else 2, **given)
 
 
+def after_latents(model: GenerativeModel, columns: Mapping[str, Tensor]) -> list[str]:
+    """Observables that the story draws after all latents on which the last of them may depend.
+
+    Those before are given where a row is replicated: with one drawn anew, such as a label, latents
+    that came of it would be another's.
+    """
+    order = list(unobserved_sites(model, columns))
+    seen = [name for name in order if name in columns]
+    before = [name for name in order[: order.index(seen[-1])] if name not in seen]
+    start = order.index(before[-1]) if before else -1
+    return [name for name in seen if order.index(name) > start]
+
+
 def particles(draws: int, nesting: int) -> pyro.plate:
     """The plate in which draws are made, left of ``nesting`` plates of the model."""
     return pyro.plate(_PARTICLES, draws, dim=-1 - nesting)

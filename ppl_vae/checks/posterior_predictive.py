@@ -13,6 +13,7 @@ from ppl_vae.checks.replication import Columns, check_settings, compare, compare
 from ppl_vae.checks.result import CheckResult, NotApplicable, Progress, silent
 from ppl_vae.checks.statistics import OF_ROWS, Statistic
 from ppl_vae.draws import (
+    after_latents,
     held_out,
     model_nodes,
     one_draw,
@@ -66,7 +67,7 @@ def posterior_predictive(
         _, columns = held_out(model, data, split=split, rows=rows, seed=seed)
         check_data(model, [columns])
         check_pair(model, guide, **columns)
-        names = _replicated(model, columns)
+        names = after_latents(model, columns)
         asked = compared(model, columns, statistics, site)
         chosen = {name: one for name, one in asked.items() if one.site in names}
         if not chosen:
@@ -95,19 +96,6 @@ def posterior_predictive(
             ),
             progress=progress,
         )
-
-
-def _replicated(model: GenerativeModel, columns: Columns) -> list[str]:
-    """Observables that the story draws after all latents on which the last of them may depend.
-
-    Those before are given: with one drawn anew, such as a label, latents that came of it would be
-    another's.
-    """
-    order = list(unobserved_sites(model, columns))
-    seen = [name for name in order if name in columns]
-    before = [name for name in order[: order.index(seen[-1])] if name not in seen]
-    start = order.index(before[-1]) if before else -1
-    return [name for name in seen if order.index(name) > start]
 
 
 def _given_latents(

@@ -9,7 +9,9 @@ import xarray
 from pyro import poutine
 
 import ppl_vae.draws
+from benchmarks.faults import Given, LabeledPPCA, rows_of
 from ppl_vae.arviz import to_arviz
+from ppl_vae.guide import Factorized
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.model import GenerativeModel, Program
 from ppl_vae.models._template import Template
@@ -241,6 +243,22 @@ def test_one_hot_labels_that_are_enumerated():
     loc = z.numpy()[..., 0] + 3 * y.values[0] @ np.arange(3)
     residual = tree["posterior_predictive"]["x"].values[0, ..., 0] - loc
     assert residual.std() == pytest.approx(1, abs=0.05)
+
+
+def test_what_a_label_brought_about_is_replicated_given_that_label():
+    """x ~ Normal(W z + m(y), s) with z given x and y: with another y, z would be another's."""
+    torch.manual_seed(0)
+    model = LabeledPPCA()
+    guide = Factorized(z=(Given(model.posterior), ["x", "y"]))
+    tree = to_arviz(model, guide, rows_of(model, train=10, test=200), rows=200, draws=20)
+    y = torch.as_tensor(tree["observed_data"]["y"].values).float()
+    z = torch.as_tensor(tree["posterior"]["z"].values[0])
+    mean = model.x_dist(y, z).mean.numpy(force=True)
+    residual = tree["posterior_predictive"]["x"].values[0] - mean
+    assert residual.std() == pytest.approx(0.7, rel=0.02)  # 1.3 with labels drawn anew
+    labels = tree["posterior_predictive"]["y"].values[0]
+    assert labels.mean((0, 1)) == pytest.approx(np.full(3, 1 / 3), abs=0.04)
+    assert (labels != y.numpy()).any()  # it is drawn all the same
 
 
 def test_rows_are_a_random_subset(template):
