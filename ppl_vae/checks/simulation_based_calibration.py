@@ -210,8 +210,9 @@ def _advice(wrong: Counter[str]) -> str:
             "row (SemiAmortized)."
         )
     return (
-        "Try a family with correlations (FullRank), several modes (Mixture) or a flow "
-        "(NormalizingFlow), or steps for each row (SemiAmortized)."
+        "Ask gaps first: where the family is short, try correlations (FullRank), several modes "
+        "(Mixture) or a flow (NormalizingFlow); where the encoder is, a larger one, or steps for "
+        "each row (SemiAmortized)."
     )
 
 
