@@ -25,7 +25,7 @@ from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress,
 from ppl_vae.checks.statistics import check_level
 from ppl_vae.data import as_dataset
 from ppl_vae.density import NotAnnealable, Start
-from ppl_vae.draws import held_out, model_nodes, some_covariates
+from ppl_vae.draws import held_out, model_nodes, shared_values, some_covariates
 from ppl_vae.evaluation import check_measurable, inferred
 from ppl_vae.importance import Compile
 from ppl_vae.model import GenerativeModel
@@ -136,13 +136,18 @@ def evidence(
                 )
             if simulated_rows:
                 rest = some_covariates(model, dataset, simulated_rows, seed=seed)
+                held = (
+                    shared_values(model, guide, columns)
+                    if compared is None
+                    else compared.annealed.given
+                )
                 bracket = simulated_bracket(
                     model,
                     guide,
                     [name for name in columns if name in model.observables],
                     rest,
                     simulated_rows,
-                    given=None if compared is None else compared.annealed.given,
+                    given=held,
                     progress=_within(progress, 2, 4),
                     **options,
                 )

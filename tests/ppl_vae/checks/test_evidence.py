@@ -251,6 +251,29 @@ def test_enumerated_labels_and_global_latents(program, float64):
     assert abs(records["simulated rows: upper less lower"]["value"]) < 0.5
 
 
+def test_simulated_rows_alone_hold_the_global_latents_too(program, float64):
+    """Nothing else is annealed that could have drawn them."""
+
+    def story(self, x):
+        z = pyro.sample("z", dist.Normal(self.w, 1.0))
+        return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    model = program(
+        story, whole=lambda self: setattr(self, "w", pyro.sample("w", dist.Normal(0.0, 3.0)))
+    )
+
+    class Guide(nn.Module):
+        def forward(self, x, total=None):
+            pyro.sample("w", dist.Normal(1.0, 0.5))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = model.simulate(40)["x"]
+    result = evidence(model, Guide(), {"train": x, "test": x}, **FAST | {"annealed_rows": 0})
+    record = by_figure(result)["simulated rows: upper less lower"]
+    assert abs(record["value"]) < 0.3
+
+
 def test_labels_that_are_withheld_are_summed_out():
     torch.manual_seed(0)
     model = M2.toy()
