@@ -90,8 +90,9 @@ class Assignments:
         """
         if not self:
             return each[0]
-        log_p = [_total(own, self.drawn) for own in log_q]  # of a combination's probability
         bounds = torch.stack(torch.broadcast_tensors(*(f["elbo", ""] for f in each)))
+        # Of a combination's probability, on the device of its scores.
+        log_p = [_total(own, self.drawn).to(bounds.device) for own in log_q]
         weights = bounds + torch.stack(torch.broadcast_tensors(*log_p))
         count = len(self.of_model())
         # Of the model's sites, the exact posterior given all else.
@@ -150,7 +151,9 @@ def _product(supports: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _total(log_q: Mapping[str, Tensor], names: Collection[str]) -> Tensor:
-    return sum((log_q[name] for name in names), torch.zeros((1, 1), dtype=torch.float64))
+    terms = [log_q[name] for name in names]
+    device = terms[0].device if terms else None
+    return sum(terms, torch.zeros((1, 1), dtype=torch.float64, device=device))
 
 
 def _mean(each: Sequence[Figures], probabilities: Sequence[Tensor]) -> Figures:

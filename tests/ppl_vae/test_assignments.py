@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppl_vae.assignments import MOST, Assignments
 from ppl_vae.calibration import LabelScores
@@ -396,3 +397,28 @@ def test_a_model_without_labels_takes_none_of_it():
     data = Linear().partly()
     guide = Factorized(z=(Normal(nn.Linear(D, 4)), ["x"]))
     assert evaluate(model, guide, data, samples=2).labels is None
+
+
+@pytest.mark.parametrize("of", ["model", "guide"])
+def test_scores_on_a_gpu_are_combined_there(program, of):
+    """Without one: fake tensors refuse to mix devices, as real ones do."""
+
+    def story(self, x):
+        y = pyro.sample("y", dist.Categorical(torch.ones(K)), infer=ALL)
+        return pyro.sample("x", dist.Normal(1.0 * y, 1.0), obs=x)
+
+    class Guide(nn.Module):
+        def forward(self, x, total=None):
+            with pyro.plate("data", len(x)):
+                if of == "guide":
+                    pyro.sample("y", dist.Categorical(torch.ones(K)), infer=ALL)
+
+    assignments = Assignments(program(story), Guide(), {"x": torch.zeros(ROWS)})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scores = torch.zeros(5, ROWS, dtype=torch.float64, device="cuda")
+        each = [{("elbo", ""): scores, ("kl", "y"): scores} for _ in range(K)]
+        log_q = [{"y": scores} if of == "guide" else {} for _ in range(K)]
+        figures = assignments.combine(each, log_q)
+        assert {figure.device.type for figure in figures.values()} == {"cuda"}
+        assert figures["log weight", "y"].shape == (5, ROWS, K)
+        assert assignments.mean(each[:1] * len(log_q), log_q)["elbo", ""].device.type == "cuda"
