@@ -31,7 +31,8 @@ class MutualInformation(NamedTuple):
 
 
 def log_q_of_all(pair: FixedLatents, sites: Collection[str]) -> Tensor:
-    """log q(z_n | x_m), summed over local ``sites``, of each row's draw for each row: ``(n, m)``.
+    """log q(z_n | x_m), summed over local ``sites``, of each row's draw for each row: ``(n, m)``;
+    given the global latents with which all were drawn.
 
     Raises:
         NotImplementedError: the guide scores its own draws only.
@@ -39,11 +40,13 @@ def log_q_of_all(pair: FixedLatents, sites: Collection[str]) -> Tensor:
     rows = pair.rows
     local = {name: z for name, z in pair.latents.items() if name in pair.row_dims}
     width = sum(z.numel() for z in local.values()) // rows
+    # As a plate of particles leaves a global value: one for all draws and rows.
+    shared = {name: z[None, None] for name, z in pair.latents.items() if name not in local}
     log_q = torch.zeros(rows, rows, dtype=torch.float64)
     for part in parts(rows, max(1, rows_at_once(width) // rows)):
         draws = part.stop - part.start
         given = {n: z[part].unsqueeze(1).expand(draws, *z.shape) for n, z in local.items()}
-        conditioned = poutine.condition(pair.guide, data=given)
+        conditioned = poutine.condition(pair.guide, data=shared | given)
         with own_parameters(pair.model, pair.guide):
             trace = poutine.trace(particles(draws, 1)(conditioned)).get_trace(**pair.columns)
         for name, node in sample_nodes(trace):

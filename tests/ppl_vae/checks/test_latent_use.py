@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from benchmarks.conjugate import exact
-from ppl_vae.checks.aggregate import mutual_information
+from ppl_vae.checks.aggregate import log_q_of_all, mutual_information
+from ppl_vae.checks.fixed_latents import FixedLatents
 from ppl_vae.checks.latent_use import latent_use
 from ppl_vae.checks.result import NotApplicable
 from ppl_vae.conditionals import Normal
@@ -99,6 +100,29 @@ def test_information_kl_and_sensitivity_in_closed_form(float64):
     lost = (weight.square().sum() / scale**2).item()
     assert abs(record["nats_lost"] - lost) < 4 * record["nats_lost_se"]
     assert (record["active"], record["coordinates"]) == (2, 2)
+
+
+def test_draws_are_scored_given_the_global_latent_that_they_had(program, float64):
+    def story(self, x):
+        z = pyro.sample("z", dist.Normal(self.w, 1.0))
+        return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    model = program(
+        story, whole=lambda self: setattr(self, "w", pyro.sample("w", dist.Normal(0.0, 3.0)))
+    )
+
+    class Guide(nn.Module):
+        def forward(self, x, total=None):
+            w = pyro.sample("w", dist.Normal(0.0, 3.0))
+            with pyro.plate("data", x.shape[-1]):
+                pyro.sample("z", dist.Normal(x + w, 1.0))
+
+    torch.manual_seed(0)
+    x = torch.randn(7)
+    pair = FixedLatents(model, Guide(), {"x": x}, 7, seed=0)
+    z, w = pair.latents["z"], pair.latents["w"]
+    expected = dist.Normal(x + w, 1.0).log_prob(z.unsqueeze(1))
+    torch.testing.assert_close(log_q_of_all(pair, ["z"]), expected)
 
 
 def test_information_is_bounded_by_the_rows(float64):
