@@ -95,24 +95,25 @@ def denoise(
         tried = _values(pair.draw({name: c[:1] for name, c in given.items()}).emitted, candidates)
         room = rows_at_once(pair.width * tried)
         size = max(1, room // samples)
-        found: list[_Clean] = []
+        drawn: list[Tensor] = []
+        means: list[Tensor] = []
+        log_weights: list[Tensor] = []
         for part in parts(len(y), size):
             some = {name: column[part] for name, column in given.items()}
             blocks = [
                 _block(pair, some, noise, block.stop - block.start, candidates)
                 for block in parts(samples, max(1, room // size))
             ]
-            found.append(_Clean(*(torch.cat(one) for one in zip(*blocks, strict=True))))
-        weights = torch.cat([one.log_weight for one in found], 1)
-        shares = [one.log_weight.softmax(0) for one in found]
+            clean = _Clean(*(torch.cat(one) for one in zip(*blocks, strict=True)))
+            # Only the weights are kept of all samples: entries of all rows would be too many.
+            share = clean.log_weight.softmax(0).to(clean.mean)
+            drawn.append(resample(clean.x, clean.log_weight, draws))
+            means.append(torch.einsum("sr,sr...->r...", share, clean.mean))
+            log_weights.append(clean.log_weight)
+        weights = torch.cat(log_weights, 1)
         return Denoised(
-            draws=torch.cat([resample(one.x, one.log_weight, draws) for one in found], 1),
-            mean=torch.cat(
-                [
-                    torch.einsum("sr,sr...->r...", share.to(one.mean), one.mean)
-                    for share, one in zip(shares, found, strict=True)
-                ]
-            ),
+            draws=torch.cat(drawn, 1),
+            mean=torch.cat(means),
             ess=effective_samples(weights),
             pareto_k=pareto_smoothed(weights).pareto_k,
         )
