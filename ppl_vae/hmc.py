@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vae import graphs
 from ppl_vae.density import Density
-from ppl_vae.importance import COMPILING, SAVED, Compile
+from ppl_vae.importance import COMPILING, SAVED, TIMED, Compile
 
 JITTER = 0.2
 """Each move's step size is drawn from 1 - JITTER to 1 + JITTER of the adapted one, since with a
@@ -116,7 +116,7 @@ class Gradients:
         start = time.perf_counter()
         assert self._run is not None
         energies = Energies(*self._run(*leaves))
-        if self._graph is not None:
+        if self._graph is not None and len(self._seconds) < TIMED:
             if u.is_cuda:
                 torch.cuda.synchronize(u.device)
             self._seconds.append(time.perf_counter() - start)
