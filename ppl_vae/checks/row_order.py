@@ -65,7 +65,8 @@ def row_order(
         permutations: of the rows.
 
     Raises:
-        NotApplicable: fewer than 10 rows; a site stands in a plate besides that of the rows.
+        NotApplicable: fewer than 10 rows; rows that are all alike; a site stands in a plate besides
+            that of the rows.
         ValueError: too few permutations for p to be below ``level``; a level outside (0, 1); and as
             :func:`ppl_vae.evaluate`.
         PairError: guide or data do not fit the model.
@@ -77,6 +78,8 @@ def row_order(
     if len(stretch) < _FEWEST:
         raise NotApplicable(f"{len(stretch)} rows of {split!r}; an order needs at least {_FEWEST}")
     figures = _figures(model, guide, dataset, stretch, split=split, samples=samples, seed=seed)
+    if not figures:
+        raise NotApplicable(f"all rows of {split!r} are alike, so that they have no order")
     progress(0.7)
     ranks = np.stack([_standard(rankdata(values)) for values in figures.values()], 1)
     stream = np.random.default_rng(seed)

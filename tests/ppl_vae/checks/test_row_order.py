@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+from benchmarks.conjugate import exact
 from ppl_vae.checks.result import NotApplicable
 from ppl_vae.checks.row_order import row_order
 from ppl_vae.guides.mean_field import MeanField
@@ -152,3 +153,10 @@ def test_repeatable_and_drawn(pair, x):
     assert a.to_json() == b.to_json()
     assert len(a.plot().axes) == 4
     assert not plt.get_fignums()
+
+
+def test_rows_that_are_all_alike_have_no_order(float64):
+    torch.manual_seed(0)
+    model = PPCA(latents=2, observed=4, scale=0.5)
+    with pytest.raises(NotApplicable, match="alike"):
+        row_order(model, exact(model), as_test(torch.ones(20, 4)), permutations=99)
