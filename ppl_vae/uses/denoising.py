@@ -147,10 +147,10 @@ def _block(
 def _conjugate(emitted: Any, noise: Noise, y: Tensor) -> _Clean | None:
     """Of normal entries behind normal noise; None for other laws."""
     law = entrywise_law(emitted)
-    if type(law) is not dist.Normal:
+    if not isinstance(law, torch.distributions.Normal):
         return None
     probes = [entrywise_law(noise(law.loc + step)) for step in (0, 1)]
-    if any(type(one) is not dist.Normal for one in probes):
+    if not all(isinstance(one, torch.distributions.Normal) for one in probes):
         return None
     here, there = probes
     around = torch.equal(here.loc, law.loc) and torch.equal(there.loc, law.loc + 1)

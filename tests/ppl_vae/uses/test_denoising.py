@@ -58,6 +58,14 @@ def test_clean_rows_of_a_gaussian_follow_the_closed_form(model, y, way, monkeypa
     assert (found.pareto_k < 0.7).all()
 
 
+def test_torchs_normal_is_normal_noise_too(model, y):
+    own, pyros = (
+        denoise(model, exact(model), y, lambda x, law=law: law(x, SD), samples=20, draws=5)
+        for law in (torch.distributions.Normal, dist.Normal)
+    )
+    assert torch.equal(own.draws, pyros.draws)
+
+
 def test_bits_are_found_as_by_trying_all_of_them(program, float64):
     slope = torch.tensor([1.0, -2.0, 0.5])
 
