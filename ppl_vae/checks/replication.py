@@ -254,13 +254,14 @@ def _records(
 
 def _note(observed: float, replicated: np.ndarray) -> str:
     """Why a statistic is not applicable; empty if it is."""
-    if math.isnan(observed):
-        return "nan in the data"
-    if missing := int(np.isnan(replicated).sum()):
-        return f"nan in {missing} of {len(replicated)} replicates"
     if (replicated == observed).all():
         return f"{observed:g} in the data and in every replicate"
-    return ""
+    if not math.isfinite(observed):
+        return f"{observed:g} in the data"
+    strange = replicated[~np.isfinite(replicated)]
+    return (
+        f"{strange[0]:g} in {len(strange)} of {len(replicated)} replicates" if len(strange) else ""
+    )
 
 
 def _meaning(
@@ -270,7 +271,7 @@ def _meaning(
     against: str,
     advice: Mapping[str, str],
 ) -> str:
-    missing = [r["statistic"] for r in records if r["note"].startswith("nan")]
+    missing = [r["statistic"] for r in records if r["note"].startswith(("nan", "inf", "-inf"))]
     aside = f" Not computable: {', '.join(missing)}." if missing else ""
     start = against[0].upper() + against[1:]
     if not failed:

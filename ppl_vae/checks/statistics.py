@@ -177,9 +177,11 @@ def max_adjusted(observed: np.ndarray, replicated: np.ndarray) -> np.ndarray:
         replicated: ``(R, K)``.
 
     Returns:
-        ``(K,)``; a statistic that never varies has 1.
+        ``(K,)``; a statistic that never varies, or is somewhere not finite, has 1, and the others
+        do not feel it.
     """
     every = np.concatenate([observed[None], replicated])
+    every = np.where(np.isfinite(every).all(0), every, 0.0)
     scale = every.std(0)
     varies = scale > 1e-12 * np.abs(every).max(0, initial=0.0)
     deviation = np.abs(every - every.mean(0)) / np.where(varies, scale, 1.0) * varies

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,17 @@ def test_largest_deviation_keeps_its_level_and_finds_what_one_statistic_shows():
     adjusted = max_adjusted(one_off, rng.normal(size=(199, 20)))
     assert adjusted[7] == pytest.approx(1 / 200)
     assert np.delete(adjusted, 7).min() > 0.5
+
+
+@pytest.mark.parametrize("strange", [math.nan, math.inf])
+def test_a_statistic_that_is_not_finite_leaves_the_others_as_they_are(strange):
+    stream = np.random.default_rng(0)
+    observed, replicated = stream.normal(size=2), stream.normal(size=(99, 2))
+    others = max_adjusted(observed, replicated)
+    for row in (None, 5):
+        own = np.insert(observed, 1, 0.0), np.insert(replicated, 1, 0.0, axis=1)
+        if row is None:
+            own[0][1] = strange
+        else:
+            own[1][row, 1] = strange
+        assert max_adjusted(*own).tolist() == [others[0], 1.0, others[1]]
