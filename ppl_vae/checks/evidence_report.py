@@ -151,13 +151,13 @@ def _verdict_said(compared: Compared, verdict: str, tolerance: float, share: flo
     if verdict == "pass":
         held = (
             f"within the {tolerance:g} nats allowed"
-            if abs(float(differences.mean())) <= tolerance
+            if float(differences.mean().abs()) <= tolerance
             else f"beyond the {tolerance:g} nats allowed by no more than chance explains; take "
             "more rows to tell"
         )
         return f"{apart[0].upper()}{apart[1:]} {count}: {held}."
     both = "Both are lower bounds in expectation, so that the higher one is nearer"
-    if float(differences.mean()) > 0:
+    if verdict == "fail":
         believed = " as Pareto-k says too," if share > 0.1 else ""
         return (
             f"Importance sampling gives too low a log p(x): {apart} {count}. {both}: trust "

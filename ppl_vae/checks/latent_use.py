@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 from xarray import Dataset
 
@@ -17,7 +16,7 @@ from ppl_vae.checks.aggregate import MutualInformation, log_q_of_all, mutual_inf
 from ppl_vae.checks.chosen import given, numbers_of_rows, score_chosen
 from ppl_vae.checks.fixed_latents import FixedLatents
 from ppl_vae.checks.result import CheckResult, NotApplicable, Picture, Progress, silent
-from ppl_vae.checks.statistics import check_level, holm
+from ppl_vae.checks.statistics import check_level, holm, mean_below
 from ppl_vae.data import as_dataset
 from ppl_vae.draws import posterior_nodes, rows_at_once
 from ppl_vae.evaluation import ACTIVE
@@ -192,10 +191,7 @@ def _record(site: Site, columns: Figures, lost: Tensor, tolerance: float) -> dic
     kl = columns["kl", site.name]
     kl = kl.reshape(len(kl))
     mean, error = float(kl.mean()), _error(kl)
-    if error > 0:
-        p = float(student.cdf((mean - tolerance) / error, len(kl) - 1))
-    else:
-        p = 0.0 if mean < tolerance else 1.0
+    p = mean_below(kl.double().numpy(force=True), tolerance)
     active = _variances(columns, site.name) > ACTIVE
     coordinates = site.coordinates
     return {

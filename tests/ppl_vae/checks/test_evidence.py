@@ -14,7 +14,7 @@ from torch import nn
 
 from ppl_vae import zoo
 from ppl_vae.checks import NotApplicable
-from ppl_vae.checks.evidence import agreement, evidence
+from ppl_vae.checks.evidence import evidence, shortfall
 from ppl_vae.checks.evidence_report import draws_shown
 from ppl_vae.guide import Factorized, Prior
 from ppl_vae.guides.mean_field import MeanField
@@ -114,10 +114,12 @@ def test_a_guide_that_misses_mass_fails_and_annealing_is_to_be_trusted():
     assert sampled + 0.5 < annealed < truth.mean().item() + 0.2
 
 
-def test_annealing_that_is_too_short_fails_and_is_not_to_be_trusted():
+def test_annealing_that_is_too_short_is_no_fault_and_not_to_be_trusted():
     model, guide, data = linear()
     result = evidence(model, guide, data, **FAST | {"temperatures": 3, "leapfrog": 1})
-    assert result.verdict == "fail"
+    assert result.verdict == "measured"
+    assert result.p is not None
+    assert result.p > 0.9
     assert "Annealing gives too low a log p(x)" in result.meaning
     assert "Try more temperatures" in result.meaning
     assert by_figure(result)["simulated rows: upper less lower"]["value"] > 1
@@ -125,27 +127,22 @@ def test_annealing_that_is_too_short_fails_and_is_not_to_be_trusted():
 
 def test_the_p_value_is_uniform_where_the_difference_is_the_tolerance():
     generator = torch.Generator().manual_seed(0)
-    for side in (-1, 1):
-        p = [
-            agreement(
-                side * 0.5 + 0.1 * torch.randn(10, generator=generator, dtype=torch.float64), 0.5
-            )
-            for _ in range(2000)
-        ]
-        assert scipy.stats.kstest(p, "uniform").pvalue > 0.001
+    p = [
+        shortfall(0.5 + 0.1 * torch.randn(20, generator=generator, dtype=torch.float64), 0.5)
+        for _ in range(2000)
+    ]
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.001
 
 
 def test_the_p_value_is_large_within_the_tolerance_and_without_spread_exact():
     generator = torch.Generator().manual_seed(0)
-    p = [agreement(0.3 * torch.randn(10, generator=generator), 0.5) for _ in range(500)]
+    p = [shortfall(0.3 * torch.randn(10, generator=generator), 0.5) for _ in range(500)]
     assert np.mean(np.array(p) <= 0.05) < 0.01
-    assert agreement(torch.full((5,), 0.4), 0.5) == 1
-    assert agreement(torch.full((5,), 0.6), 0.5) == 0
-    assert agreement(torch.tensor([0.0, -math.inf]), 0.5) == 0
-    # No tolerance: an ordinary two-sided t-test.
-    some = torch.randn(12, generator=generator, dtype=torch.float64)
-    expected = scipy.stats.ttest_1samp(some.numpy(), 0.0).pvalue
-    assert agreement(some, 0.0) == pytest.approx(expected)
+    assert shortfall(torch.full((5,), 0.4), 0.5) == 1
+    assert shortfall(torch.full((5,), 0.6), 0.5) == 0
+    assert shortfall(torch.full((5,), -3.0), 0.5) == 1  # annealing is what is too low
+    assert shortfall(torch.tensor([0.0, math.inf]), 0.5) == 0
+    assert shortfall(torch.tensor([0.0, -math.inf]), 0.5) == 1
 
 
 def test_one_seed_is_one_result_and_the_random_state_stays():

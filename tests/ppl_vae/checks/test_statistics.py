@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ppl_vae.checks.statistics import (
@@ -13,6 +14,7 @@ from ppl_vae.checks.statistics import (
     frequencies,
     holm,
     max_adjusted,
+    mean_below,
     p_value,
     told_apart,
     whole_numbers,
@@ -118,3 +120,34 @@ def test_a_statistic_that_is_not_finite_leaves_the_others_as_they_are(strange):
         else:
             own[1][row, 1] = strange
         assert max_adjusted(*own).tolist() == [others[0], 1.0, others[1]]
+
+
+def test_means_below_a_bound():
+    """Of values that are not skewed, Student's t; without any spread, certain."""
+    rng = np.random.default_rng(0)
+    half = rng.normal(0.3, 1.0, 20)
+    x = np.concatenate([half, 2 * half.mean() - half])  # symmetric about its mean
+    expected = scipy.stats.ttest_1samp(x, 0.5, alternative="less").pvalue
+    assert mean_below(x, 0.5) == pytest.approx(expected)
+    assert mean_below(np.full(5, 0.1), 0.2) == 0.0
+    assert mean_below(np.full(5, 0.2), 0.2) == 1.0
+    # Far below, however skewed: a correction that turned back would say nothing was found.
+    assert mean_below(rng.exponential(1e-4, 50) ** 2, 0.05) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "share"), [(1000, 0.02), (200, 0.1), (100, 0.1)])
+@pytest.mark.parametrize("level", [0.0045, 0.05])
+def test_means_of_skewed_values_are_not_found_too_small_too_often(rows, share, level):
+    """All or nothing: the exact error rate, summed over how many of the rows have it all."""
+    rate, plain = 0.0, 0.0
+    for count in range(rows):
+        probability = scipy.stats.binom.pmf(count, rows, share)
+        if probability < 1e-9:
+            continue
+        x = np.repeat([1 / share, 0.0], [count, rows - count])  # of mean 1 in expectation
+        rate += probability * (mean_below(x, 1.0) <= level)
+        if count:
+            test = scipy.stats.ttest_1samp(x, 1.0, alternative="less")
+            plain += probability * (test.pvalue <= level)
+    assert rate <= level
+    assert plain > level
