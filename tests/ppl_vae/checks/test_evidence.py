@@ -91,8 +91,9 @@ def test_with_the_exact_posterior_every_bound_is_the_evidence():
     annealed = result.groups["evidence_annealed"]
     own = model.evidence(data["test"][annealed["row"].values.copy()]).detach().numpy()
     assert np.abs(annealed["log_evidence"].values - own).mean() < 0.3
-    # The path's own bias is downward, and the bracket holds it.
-    assert records["simulated rows: upper less lower"]["value"] > 0
+    # Upper less lower is above 0 in expectation, and small.
+    gap = records["simulated rows: upper less lower"]
+    assert -3 * gap["standard_error"] < gap["value"] < 0.3
 
 
 def test_a_guide_that_misses_mass_fails_and_annealing_is_to_be_trusted():
