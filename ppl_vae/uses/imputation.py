@@ -183,8 +183,8 @@ def _chained(sweeps: Sweeps, correct: bool, kept: int, warmup: int, thin: int) -
     return _Part(
         draws=draws.flatten(0, 1),
         acceptance=share if sweeps.correct else None,
-        ess=torch.from_numpy(ess),
-        r_hat=torch.from_numpy(r_hat),
+        ess=torch.from_numpy(ess).to(of_row.device),
+        r_hat=torch.from_numpy(r_hat).to(of_row.device),
     )
 
 
