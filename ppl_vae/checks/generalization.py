@@ -40,7 +40,7 @@ def generalization(
 ) -> CheckResult:
     """Looks for overfitting: training rows that get clearly more probability than held-out ones.
 
-    As many rows of both, at random, with as many draws. Every fit gains a little on the rows that
+    Rows of both at random, with as many draws. Every fit gains a little on the rows that
     it has seen, so that no gap at all is no useful null hypothesis. It is that the gap, the
     mean over training rows less that over held-out rows, is at most ``tolerance`` standard
     deviations of the held-out rows. That has no unit: densities may be of either sign and of any
@@ -60,7 +60,7 @@ def generalization(
         data: a Dataset, or what :func:`ppl_vae.data.as_dataset` takes.
         seed: of rows and draws.
         level: family-wise error rate of the verdict.
-        rows: of each split; as many as the smaller one has, where that is fewer.
+        rows: of each split; all of them where it has fewer.
         samples: importance draws a row.
         tolerance: in standard deviations over held-out rows; 0 tests for any gap at all.
 
@@ -74,11 +74,11 @@ def generalization(
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance}: expected a number of standard deviations, from 0")
     dataset = as_dataset(data)
-    held = min(rows, len(dataset.split(split)), len(dataset.split("train")))
-    _check_splits(dataset, split, held)
+    counts = {name: min(rows, len(dataset.split(name))) for name in ("train", split)}
+    _check_splits(dataset, split, min(counts.values()))
     figures: dict[str, dict[str, np.ndarray]] = {}
-    for number, name in enumerate(("train", split)):
-        chosen = numbers_of_rows(len(dataset.split(name)), held, seed)
+    for number, name in enumerate(counts):
+        chosen = numbers_of_rows(len(dataset.split(name)), rows, seed)
         scored = score_chosen(model, guide, dataset, chosen, split=name, samples=samples, seed=seed)
         figures[name] = _figures(scored)
         progress((1 + number) / 2)
@@ -96,11 +96,12 @@ def generalization(
         error_rate=level,
         p=min(record["p_adjusted"] for record in tested),
         statistics=tuple(records),
-        meaning=_meaning(failed, records, held, split),
+        meaning=_meaning(failed, records, counts[split], split),
         settings={
             "split": split,
             "seed": seed,
-            "rows": held,
+            "rows": counts[split],
+            "train_rows": counts["train"],
             "samples": samples,
             "tolerance": tolerance,
             "correction": "Holm",
@@ -108,7 +109,7 @@ def generalization(
         groups={
             "generalization": Dataset(
                 {
-                    name: (("split", "row"), np.stack([figures[s][name] for s in ("train", split)]))
+                    name: (("split", "row"), _stacked([figures[s][name] for s in counts]))
                     for name in figures[split]
                 },
                 coords={"split": ["train", split]},
@@ -147,19 +148,25 @@ def _figures(scored: Scored) -> dict[str, np.ndarray]:
     return {name: values.numpy() for name, values in figures.items()}
 
 
+def _stacked(splits: list[np.ndarray]) -> np.ndarray:
+    """``(splits, rows)``, nan where a split has fewer."""
+    rows = max(map(len, splits))
+    return np.stack([np.pad(own, (0, rows - len(own)), constant_values=np.nan) for own in splits])
+
+
 def _record(name: str, train: np.ndarray, held: np.ndarray, tolerance: float) -> dict[str, Any]:
-    gap, rows = train.mean() - held.mean(), len(held)
-    scale = held.std(ddof=1)
-    error = math.sqrt(train.var(ddof=1) / rows + scale**2 / rows)
+    gap, scale, counts = train.mean() - held.mean(), held.std(ddof=1), (len(train), len(held))
+    error = math.sqrt(train.var(ddof=1) / len(train) + scale**2 / len(held))
     p = math.nan
     if name in _TESTED:
         # What each row adds to the sum of mean and tolerated deviations (the latter's derivative).
         bent = (held - held.mean()) ** 2 / (2 * scale) if scale > 0 else 0.0
-        variances = train.var(ddof=1) / rows, (held + tolerance * bent).var(ddof=1) / rows
+        spread = train.var(ddof=1), (held + tolerance * bent).var(ddof=1)
+        variances = [v / n for v, n in zip(spread, counts, strict=True)]
         total = sum(variances)
         excess = gap - tolerance * scale
         if total > 0:
-            freedom = total**2 / sum(v**2 / (rows - 1) for v in variances)
+            freedom = total**2 / sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True))
             p = float(student.sf(excess / math.sqrt(total), freedom))
         else:
             p = 1.0 if excess <= 0 else 0.0
@@ -213,11 +220,11 @@ def _figure(result: CheckResult) -> Figure:
     figure = empty(8.4, 3.4)
     left, right = figure.subplots(1, 2)
     values = result.groups["generalization"][_EVIDENCE]
-    low, high = np.percentile(values.values, [0.5, 100])
+    low, high = np.nanpercentile(values.values, [0.5, 100])
     bins = max(8, min(40, values.sizes["row"] // 8))
     edges = np.linspace(low, high if high > low else low + 1, bins)
     for name, color in (("train", "C1"), (split, "C0")):
-        of_rows = values.sel(split=name).values
+        of_rows = values.sel(split=name).dropna("row").values
         weights = np.full(len(of_rows), 1 / len(of_rows))
         left.hist(of_rows, edges, weights=weights, histtype="step", color=color, label=name)
         left.axvline(of_rows.mean(), color=color, linewidth=1, linestyle="--")
@@ -237,7 +244,7 @@ def _figure(result: CheckResult) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"Generalization: {result.verdict} (family-wise error rate {result.error_rate:.2g}), "
-        f"{result.settings['rows']} rows of each split",
+        f"{result.settings['train_rows']} and {result.settings['rows']} rows",
         fontsize=11,
     )
     return figure

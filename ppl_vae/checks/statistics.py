@@ -22,16 +22,26 @@ Statistic = Callable[[Tensor], Tensor | float]
 _COLUMNS = 100  # that are compared pair by pair
 _ROWS = 200  # whose nearest neighbors are looked for
 _NEIGHBORS = 2000  # among which
+_RARE = 1e-3  # fraction of entries
 
 
 def zeros(x: Tensor) -> Tensor:
-    """Fraction of entries that are exactly 0: sparsity."""
-    return (x == 0).double().mean()
+    """Fraction of entries that are exactly 0: sparsity; below one in a thousand it counts as 0."""
+    return _unless_rare((x == 0).double().mean())
 
 
 def whole_numbers(x: Tensor) -> Tensor:
-    """Fraction of entries that are whole numbers: counts are, and draws of a density are not."""
-    return (x == x.round()).double().mean()
+    """Fraction of entries that are whole numbers: counts are, and draws of a density are not.
+
+    Below one in a thousand it counts as 0.
+    """
+    return _unless_rare((x == x.round()).double().mean())
+
+
+def _unless_rare(fraction: Tensor) -> Tensor:
+    # A draw of a density is a whole number once in some million, by rounding. One replicate with
+    # one of them would deviate by more than any other statistic can, and hide what these show.
+    return torch.where(fraction < _RARE, 0.0, fraction)
 
 
 def neighbor_correlation(x: Tensor) -> Tensor:

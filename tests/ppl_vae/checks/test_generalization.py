@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 
 from benchmarks.conjugate import exact
+from benchmarks.faults import fitted_ppca
 from ppl_vae.checks.generalization import generalization
 from ppl_vae.checks.result import NotApplicable
 from ppl_vae.models._template import Template
@@ -17,19 +18,6 @@ from ppl_vae.models.ppca import PPCA
 def truth(observed=4, latents=2):
     torch.manual_seed(0)
     return PPCA(latents=latents, observed=observed, scale=0.7).double()
-
-
-def fitted(x, latents):
-    """Maximum likelihood in closed form (Tipping & Bishop 1999, eqs. 7 and 8)."""
-    model = PPCA(latents=latents, observed=x.shape[1]).double()
-    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
-    noise = values[:-latents].mean()
-    with torch.no_grad():
-        net = model.likelihood.net
-        net.weight.copy_(vectors[:, -latents:] * (values[-latents:] - noise).sqrt())
-        net.bias.copy_(x.mean(0))
-        model.likelihood.log_scale.fill_(noise.sqrt().log())
-    return model
 
 
 def simulated(model, rows, seed):
@@ -47,12 +35,24 @@ def test_figures_are_the_exact_evidence(float64):
     result = generalization(model, exact(model), {"train": train, "test": test}, samples=3)
     record = by_name(result)["log p(x)"]
     held = model.evidence(test).detach().numpy()
-    assert result.settings["rows"] == 40
+    assert (result.settings["train_rows"], result.settings["rows"]) == (60, 40)
+    seen = model.evidence(train).detach().numpy()
+    assert record["train"] == pytest.approx(seen.mean(), rel=1e-9)
     assert record["held_out"] == pytest.approx(held.mean(), rel=1e-9)
     assert record["tolerated"] == pytest.approx(0.1 * held.std(ddof=1), rel=1e-9)
     assert by_name(result)["ELBO"]["gap"] == pytest.approx(record["gap"], abs=1e-9)
     parts = by_name(result)["reconstruction"]["gap"] + by_name(result)["-KL"]["gap"]
     assert parts == pytest.approx(record["gap"], abs=1e-9)
+
+
+def test_without_tolerance_it_is_welchs_test(float64):
+    model = truth()
+    train, test = simulated(model, 25, 1), simulated(model, 90, 2)
+    data = {"train": train, "test": test}
+    result = generalization(model, exact(model), data, samples=3, tolerance=0.0)
+    seen, held = (model.evidence(x).detach().numpy() for x in (train, test))
+    expected = scipy.stats.ttest_ind(seen, held, equal_var=False, alternative="greater")
+    assert by_name(result)["log p(x)"]["p"] == pytest.approx(expected.pvalue, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -88,13 +88,13 @@ def test_p_is_uniform_where_the_gap_is_what_is_tolerated(float64, tolerance):
 def test_a_model_that_has_learned_few_rows_by_heart(float64):
     source = truth(observed=12)
     train, test = simulated(source, 25, 1), simulated(source, 300, 2)
-    model = fitted(train, 9)
+    model = fitted_ppca(train, 9)
     result = generalization(model, exact(model), {"train": train, "test": test})
     assert result.verdict == "fail"
     assert "The model is overfitted" in result.meaning
     gap = model.evidence(train).mean() - model.evidence(test).mean()
     assert by_name(result)["log p(x)"]["gap"] == pytest.approx(gap.item(), rel=0.5)
-    model = fitted(simulated(source, 20_000, 3), 2)
+    model = fitted_ppca(simulated(source, 20_000, 3), 2)
     train = simulated(source, 300, 4)
     assert generalization(model, exact(model), {"train": train, "test": test}).passed
 

@@ -18,6 +18,7 @@ from ppl_vae.checks.statistics import (
     p_value,
     told_apart,
     whole_numbers,
+    zeros,
 )
 
 
@@ -64,6 +65,11 @@ def test_statistics_of_labels_and_of_training_rows_by_hand():
     y = torch.eye(3)[[0, 0, 2, 1]].double()
     assert [float(own(y)) for own in frequencies(3).values()] == [0.5, 0.25, 0.25]
     assert float(whole_numbers(torch.tensor([[1.0, 2.5], [-3.0, 0.0]]))) == 0.75
+    once = torch.full((2000, 1), 0.5)
+    once[0] = 0
+    assert float(zeros(once)) == float(whole_numbers(once)) == 0  # by rounding, not by nature
+    once[:2] = 0
+    assert float(zeros(once)) == float(whole_numbers(once)) == pytest.approx(1e-3)
     train = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
     x = torch.tensor([[0.0, 1.0], [10.0, 3.0]]).double()
     assert float(distance_to(train)(x)) == 2.0
