@@ -228,7 +228,7 @@ def _series(memory: float = 0.9) -> Case:
 
 SOUND: Mapping[str, Scenario] = {
     "PPCA": Scenario(lambda: _alike(ppca()), "linear-Gaussian, exact posterior"),
-    "PPCA, fitted": Scenario(_fitted, "maximum likelihood of 1000 rows, exact posterior"),
+    "fitted PPCA": Scenario(_fitted, "maximum likelihood of 1000 rows, exact posterior"),
     "Gamma-Poisson": Scenario(lambda: _alike(GammaPoisson()), "counts, positive latents"),
     "Beta-Binomial": Scenario(lambda: _alike(BetaBinomial()), "successes, latents in (0, 1)"),
     "two modes": Scenario(lambda: _alike(TwoModes()), "x tells |z|, not its sign"),
