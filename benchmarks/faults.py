@@ -231,7 +231,7 @@ SOUND: Mapping[str, Scenario] = {
     "fitted PPCA": Scenario(_fitted, "maximum likelihood of 1000 rows, exact posterior"),
     "Gamma-Poisson": Scenario(lambda: _alike(GammaPoisson()), "counts, positive latents"),
     "Beta-Binomial": Scenario(lambda: _alike(BetaBinomial()), "successes, latents in (0, 1)"),
-    "two modes": Scenario(lambda: _alike(TwoModes()), "x tells |z|, not its sign"),
+    "two modes": Scenario(lambda: _alike(TwoModes()), "x tells the size of z, not its sign"),
     "clusters": Scenario(_inferred, "a class a row, inferred exactly"),
     "labels withheld": Scenario(_withheld, "a class that few training rows show"),
     "labels": Scenario(_labeled, "an observed class beside the latents"),
