@@ -89,14 +89,15 @@ def show(result: dict[str, Any]) -> str:
     """Two tables: what is found of each fault, and how often nothing is wrong and a check fails."""
     each, count = result["rates"], result["replications"]
     lines = [heading(result), ""]
-    for title, scenarios in (("Fault", FAULTS), ("No fault", SOUND)):
+    for title, scenarios, least in (("Fault", FAULTS, 0.05), ("No fault", SOUND, 1e-9)):
         rows = [
-            (name, scenarios[name].about, _percent(own["report"]), _checks(own))
+            (name, scenarios[name].about, _percent(own["report"]), _checks(own, least))
             for name, own in each.items()
             if name in scenarios
         ]
         if rows:
-            header = (title, "", "report fails", "checks that fail the pair (share of reports)")
+            which = "checks that fail the pair" + (", from 5 %" if least > 0.01 else "")
+            header = (title, "", "report fails", which)
             lines += [table(header, rows), ""]
     sound = [own["report"] for name, own in each.items() if name in SOUND]
     if sound:
@@ -113,8 +114,8 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.0f} %"
 
 
-def _checks(rates: dict[str, float]) -> str:
-    failing = {name: rate for name, rate in rates.items() if name != "report" and rate > 0}
+def _checks(rates: dict[str, float], least: float) -> str:
+    failing = {name: rate for name, rate in rates.items() if name != "report" and rate >= least}
     ordered = sorted(failing.items(), key=lambda item: -item[1])
     return ", ".join(f"{name.replace('_', ' ')} {_percent(rate)}" for name, rate in ordered)
 
