@@ -45,7 +45,12 @@ def test_runs_as_a_script_without_warnings_and_leaves_nothing_behind(tutorial, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+# The same code as the script's: of all but the first it is a matter of make test-slow.
+@pytest.mark.parametrize(
+    "tutorial",
+    [TUTORIALS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in TUTORIALS[1:])],
+    ids=[path.stem for path in TUTORIALS],
+)
 def test_runs_as_a_notebook_that_shows_its_pictures(tutorial, tmp_path):
     printed = run(["-c", AS_NOTEBOOK, str(tutorial)], tmp_path)
     assert int(printed.rpartition("pictures:")[2]) > 0
