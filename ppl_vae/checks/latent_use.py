@@ -46,8 +46,9 @@ def latent_use(
 
     A site is collapsed where its KL is below ``tolerance`` nats per datum. The null hypothesis is
     that no local site's is: a site fails where its mean over held-out rows is significantly
-    smaller, by a one-sided t-test corrected by Holm. A single coordinate that is not used is
-    listed, and is no fault: a model with more latents than it needs leaves some alone.
+    smaller, by a one-sided t-test that allows for skewness
+    (:func:`ppl_vae.checks.statistics.mean_below`), corrected by Holm. A single coordinate that is
+    not used is listed, and is no fault: a model with more latents than it needs leaves some alone.
 
     Besides, of each local site: the active units, coordinates whose posterior mean has a variance
     over rows of more than 0.01 (Burda et al. 2016, arXiv:1509.00519, section 5.2); and the
