@@ -432,7 +432,7 @@ print(overfitted.meaning)
 overfitted.plot()
 
 # %% [markdown]
-# They do, by 84 nats. A gap as such is no fault, every fit has one; the check tolerates a tenth of
+# They do, by 85 nats. A gap as such is no fault, every fit has one; the check tolerates a tenth of
 # the standard deviation of log p(x) over digits. Our other models are over that too, by far less,
 # and the one with the most fitting noise is hardly so:
 
