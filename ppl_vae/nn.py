@@ -58,9 +58,76 @@ class Gated(nn.Module):
         super().__init__()
         # One matrix for value and gate: one matrix product instead of two.
         self.linear = nn.Linear(inputs, 2 * outputs)
+        self.inputs, self.outputs = inputs, outputs
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.glu(self.linear(x))
+
+
+class GatedConv(nn.Module):
+    """A convolution whose output is gated by a second one, as in :class:`Gated`.
+
+    A layer for :class:`ppl_vae.residual.Maps`. Shapes: ``(rows, inputs, height, width)`` to
+    ``(rows, outputs, height / stride, width / stride)``, sides rounded up; enlarged, times the
+    stride.
+
+    Args:
+        inputs, outputs: channels.
+        size: of the kernel, odd.
+        stride: between the kernel's places.
+        enlarge: whether the convolution is a transposed one.
+
+    Raises:
+        ValueError: a kernel of an even size, or another number below 1.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, *, enlarge: bool = False
+    ) -> None:
+        super().__init__()
+        if min(inputs, outputs, size, stride) < 1 or size % 2 == 0:
+            raise ValueError(
+                f"GatedConv(inputs={inputs}, outputs={outputs}, size={size}, stride={stride}): "
+                "expected numbers of at least 1, and an odd size"
+            )
+        both = 2 * outputs  # value and gate by one convolution
+        self.convolution = (
+            nn.ConvTranspose2d(inputs, both, size, stride, size // 2, output_padding=stride - 1)
+            if enlarge
+            else nn.Conv2d(inputs, both, size, stride, size // 2)
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return nn.functional.glu(self.convolution(maps), dim=1)
+
+
+class Branches(nn.Module):
+    """Nets side by side, each of a part of what comes in; what they give is joined.
+
+    Shapes: ``(..., inputs)`` to ``(..., outputs)``, both the sums of the nets'.
+
+    Args:
+        nets: in the order of the parts; each states its ``.inputs`` and ``.outputs``.
+
+    Raises:
+        ValueError: no net, or one that does not state its widths.
+    """
+
+    def __init__(self, *nets: nn.Module) -> None:
+        super().__init__()
+        widths = [[getattr(net, name, None) for net in nets] for name in ("inputs", "outputs")]
+        self.parts, made = ([w for w in some if isinstance(w, int)] for some in widths)
+        if not len(nets) == len(self.parts) == len(made) > 0:
+            raise ValueError(
+                f"Branches({', '.join(type(net).__name__ for net in nets)}): expected at least one "
+                "net, and of each its widths as .inputs and .outputs"
+            )
+        self.nets = nn.ModuleList(nets)
+        self.inputs, self.outputs = sum(self.parts), sum(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(self.parts, -1)
+        return torch.cat([net(part) for net, part in zip(self.nets, parts, strict=True)], -1)
 
 
 class GatedMLP(nn.Sequential):

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppl_vae.conditionals import Normal
 from ppl_vae.data import Dataset, load_data
-from ppl_vae.guide import AmortizedGuide
+from ppl_vae.guide import AmortizedGuide, Factorized
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli, Binomial
+from ppl_vae.mixtures import VampPrior
+from ppl_vae.models.hierarchy import Hierarchy
 from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP, GatedMLP
 from ppl_vae.priors import StandardNormal
@@ -61,3 +64,37 @@ def gated(data: Dataset, latents: int, hidden: int, guide: Guide = MeanField) ->
     made = guide(model, GatedMLP(pixels, hidden, hidden), example(data))
     fit = {"epochs": 500, "patience": 50, "learning_rate": 1e-3, "warmup": 10}
     return Experiment(model, made, data, fit)
+
+
+def two_levels(
+    data: Dataset,
+    latents: int,
+    likelihood: nn.Module,
+    *,
+    middle: nn.Module,
+    top: nn.Module,
+    below: nn.Module,
+) -> Experiment:
+    """The HVAE of Tomczak & Welling 2018 (arXiv:1705.07120), section 4, out of its nets.
+
+    Args:
+        likelihood: p(x | z2, z1).
+        middle, top, below: the nets of p(z1 | z2), q(z2 | x) and q(z1 | x, z2).
+    """
+    model = Hierarchy(StandardNormal(latents), [Normal(middle)], likelihood, skip=True)
+    guide = Factorized(z2=(Normal(top), ["x"]), z1=(Normal(below), ["x", "z2"]))
+    return Experiment(model, guide, data)
+
+
+def with_vamp(made: Experiment, components: int) -> Experiment:
+    """With a VampPrior on the only latent, or on the top one of two.
+
+    Pseudo-inputs start as in the paper's code, at a grey of 0.05 with little noise.
+    """
+    q = (
+        made.guide.conditionals["z2"]
+        if isinstance(made.guide, Factorized)
+        else cast(AmortizedGuide, made.guide).posterior
+    )
+    made.model.prior = VampPrior.from_noise(q, width(made.data), components)
+    return made
