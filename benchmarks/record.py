@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ppl_vae.markdown import table as table
 from ppl_vae.run import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,14 +82,3 @@ def heading(result: dict[str, Any]) -> str:
         f"{result['what']} on {where}, {result['threads']['torch']} threads, "
         f"load {result['load']:.1f} before; {packages}"
     )
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown, columns aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])

@@ -1,4 +1,4 @@
-"""The command line: ``ppl-vae list | show | fit | evaluate | check | sample | experiment``.
+"""The command line: ``ppl-vae list | show | fit | evaluate | check | sample | experiment | …``.
 
 Options are made from signatures with jsonargparse; a recipe's own arguments join those of
 ``fit``. Nothing here imports torch before a command needs it.
@@ -88,17 +88,20 @@ def _parser(given: Sequence[str]) -> ArgumentParser:
         # Flags stand alone: --json, not --json true.
         parameters = inspect.signature(function).parameters.values()
         flags = {p.name for p in parameters if p.annotation == "bool"}
+        words = {p.name for p in parameters if p.annotation == "list[str]"}
         for parameter in said.params:
             if parameter.arg_name in flags:
                 sub.add_argument(
                     f"--{parameter.arg_name}", action="store_true", help=parameter.description
                 )
+            elif parameter.arg_name in words:
+                sub.add_argument(parameter.arg_name, nargs="*", help=parameter.description)
         if name == "fit":
             sub.add_argument("recipe", nargs="?", help="name, or path/to/file.py:function")
             sub.add_function_arguments(function, skip={"recipe", "arguments", *flags})
             _add_recipe(parser, sub, given)
         else:
-            sub.add_function_arguments(function, as_positional=True, skip={*flags})
+            sub.add_function_arguments(function, as_positional=True, skip={*flags, *words})
         commands.add_subcommand(name, sub, help=first_line[:1].lower() + first_line[1:].rstrip("."))
     return parser
 

@@ -411,6 +411,51 @@ def experiment_command(
     print(json_.dumps(table, indent=2) if json else f"{markdown(table)}\n{out}")
 
 
+def reproduce_command(
+    names: list[str],
+    seeds: int = 1,
+    budget: float | None = None,
+    protocol: Literal["recipe", "paper"] = "recipe",
+    device: Device = "auto",
+    out: Path = Path("results"),
+    table: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Reproduce published figures: fit, score every test row, record; or go on with it.
+
+    What is recorded already is not done again, and what was stopped goes on. README.md in the
+    folder, made anew each time, says what was reached, what was not, and what is not there yet.
+
+    Args:
+        names: of figures, as README.md has them. Default: all, those of most worth first.
+        seeds: how many runs of each, from seed 0 upwards; on CUDA at once.
+        budget: minutes after which to stop.
+        protocol: how to optimize: as the recipe says, or as the paper did, which may take days.
+            Data, early stopping and evaluation are the paper's either way.
+        device: where to compute.
+        out: folder of runs and records.
+        table: only make README.md anew from the records.
+        quiet: show no progress.
+    """
+    from ppl_vae.atomic import write_atomically
+    from ppl_vae.reproduction import markdown, read_records, reproduce
+
+    if not table:
+        reproduce(
+            names,
+            out=out,
+            protocol=protocol,
+            seeds=seeds,
+            budget=budget,
+            device=device,
+            progress=not quiet,
+            say=(lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr)),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "README.md", markdown(read_records(out)).encode())
+    print(out / "README.md")
+
+
 def _parted(text: str | None) -> list[str] | None:
     """Words parted by commas."""
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
@@ -431,4 +476,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": check_command,
     "sample": sample_command,
     "experiment": experiment_command,
+    "reproduce": reproduce_command,
 }

@@ -29,6 +29,7 @@ from ppl_vae.discrete import Estimator
 from ppl_vae.evaluation import evaluate, finite_or_none
 from ppl_vae.figures import empty
 from ppl_vae.fitting import Fitted, torch_device
+from ppl_vae.markdown import table as markdown_table
 from ppl_vae.recipes import build, find_recipe, recipes, resume, run_recipe
 from ppl_vae.replicas import averaged, averaged_labels, spread
 from ppl_vae.run import Run, environment
@@ -214,25 +215,23 @@ def markdown(table: dict[str, Any]) -> str:
         "fit, s",
         "ms a step",
     )
-    lines = [_line(head), _line(["---"] * len(head))]
-    each = [_line((*head[:3], "error, %, seed by seed")), _line(["---"] * 4)]
+    lines: list[Sequence[str]] = []
+    each: list[Sequence[str]] = []
     for row in table["rows"]:
         failed = f" ({row['failed']} failed)" if row["failed"] else ""
         lines.append(
-            _line(
-                (
-                    row["model"],
-                    row["estimator"],
-                    str(row["labels"]),
-                    f"{row['seeds']}{failed}",
-                    _shown(_error(row, "classifier"), 2),
-                    _shown(_error(row, "importance"), 2),
-                    _shown(_spread(row, "labels", "classifier", "log_loss"), 3),
-                    _shown(_spread(row, "labels", "classifier", "calibration_error"), 3),
-                    _shown(_spread(row, "nll"), 2),
-                    _shown(_spread(row, "seconds"), 0),
-                    _shown(_spread(row, "ms_a_step"), 1),
-                )
+            (
+                row["model"],
+                row["estimator"],
+                str(row["labels"]),
+                f"{row['seeds']}{failed}",
+                _shown(_error(row, "classifier"), 2),
+                _shown(_error(row, "importance"), 2),
+                _shown(_spread(row, "labels", "classifier", "log_loss"), 3),
+                _shown(_spread(row, "labels", "classifier", "calibration_error"), 3),
+                _shown(_spread(row, "nll"), 2),
+                _shown(_spread(row, "seconds"), 0),
+                _shown(_spread(row, "ms_a_step"), 1),
             )
         )
         seen = [
@@ -244,7 +243,7 @@ def markdown(table: dict[str, Any]) -> str:
             )
             for one in row["each"]
         ]
-        each.append(_line((row["model"], row["estimator"], str(row["labels"]), ", ".join(seen))))
+        each.append((row["model"], row["estimator"], str(row["labels"]), ", ".join(seen)))
     machines = {_machine(one) for row in table["rows"] for one in row["each"]}
     epochs = "the recipes' own" if table["epochs"] is None else str(table["epochs"])
     return "\n".join(
@@ -256,11 +255,11 @@ def markdown(table: dict[str, Any]) -> str:
             f"error are the classifier's. Epochs: {epochs}. Milliseconds a step are all of "
             "training, validation included, by the number of steps.",
             "",
-            *lines,
+            markdown_table(head, lines),
             "",
             f"`{SUPERVISED}`: the classifier's net on the rows with labels alone. {RULE}.",
             "",
-            *each,
+            markdown_table((*head[:3], "error, %, seed by seed"), each),
             "",
             *sorted(machines),
             "",
@@ -462,10 +461,6 @@ def _machine(record: dict[str, Any]) -> str:
     where = ", ".join(hardware["cuda"]) if record["device"] == "cuda" else hardware["cpu"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"On {where}, {record['threads']} threads of {hardware['cpus']}; {packages}."
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _json(value: Any) -> bytes:
