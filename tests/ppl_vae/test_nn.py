@@ -11,9 +11,11 @@ from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.models.vae import VAE
 from ppl_vae.nn import (
     MLP,
+    Branches,
     ConvDecoder,
     ConvEncoder,
     Gated,
+    GatedConv,
     GatedMLP,
     Recomputed,
     Rescaled,
@@ -23,6 +25,7 @@ from ppl_vae.nn import (
 from ppl_vae.objectives import plain_elbo
 from ppl_vae.priors import StandardNormal
 from ppl_vae.recorded import RecordedStep
+from ppl_vae.residual import Maps
 from ppl_vae.signature import Signature
 from ppl_vae.svi import SVI, parameters
 
@@ -55,6 +58,9 @@ NETS = {
     "SkipMLP": lambda: SkipMLP(5, 7, 6, 3, activation=nn.Tanh),
     "SkipMLP gated": lambda: SkipMLP(5, 7, 6, 3, gated=True),
     "SkipMLP without hidden layer": lambda: SkipMLP(5, 3),
+    "Branches": lambda: Branches(Gated(2, 3), MLP(3, 2)),
+    "GatedConv": lambda: Maps((2, 4, 6), GatedConv(2, 3, 5, stride=2), GatedConv(3, 1, 3)),
+    "GatedConv enlarged": lambda: Maps((2, 4, 6), GatedConv(2, 3, 3, stride=2, enlarge=True)),
     "Rescaled in front": lambda: in_front(Rescaled(5, 2.0), MLP(5, 3)),
     **{f"ConvEncoder {s}": lambda s=s: ConvEncoder(s, outputs=3, width=2) for s in IMAGES},
     **{f"ConvDecoder {s}": lambda s=s: ConvDecoder(5, s, width=2) for s in IMAGES},
@@ -84,6 +90,46 @@ def test_gated_mlp_multiplies_values_by_the_sigmoid_of_gates():
         value, gate = affine(hidden, layer.linear).split(layer.linear.out_features // 2, -1)
         hidden = value / (1 + torch.exp(-gate))
     torch.testing.assert_close(net(x), affine(hidden, last))
+
+
+@pytest.mark.parametrize(("stride", "enlarge"), [(1, False), (2, False), (2, True)])
+def test_gated_conv_multiplies_values_by_the_sigmoid_of_gates(stride, enlarge):
+    layer, maps = GatedConv(2, 3, 5, stride, enlarge=enlarge), torch.randn(4, 2, 6, 8)
+    (both,) = convolutions(layer)
+    one = {"stride": stride, "padding": 2}
+    if enlarge:
+        one["output_padding"] = 1
+        values, gates = (
+            nn.functional.conv_transpose2d(maps, both.weight[:, part], both.bias[part], **one)
+            for part in (slice(0, 3), slice(3, 6))
+        )
+    else:
+        values, gates = (
+            nn.functional.conv2d(maps, both.weight[part], both.bias[part], **one)
+            for part in (slice(0, 3), slice(3, 6))
+        )
+    found = layer(maps)
+    torch.testing.assert_close(found, values / (1 + (-gates).exp()))
+    assert found.shape[2:] == ((12, 16) if enlarge else (6 // stride, 8 // stride))
+
+
+@pytest.mark.parametrize("numbers", [(0, 3, 5), (1, 3, 4), (1, 3, 5, 0)])
+def test_gated_conv_takes_odd_kernels(numbers):
+    with pytest.raises(ValueError, match=r"GatedConv\(.*an odd size"):
+        GatedConv(*numbers)
+
+
+def test_branches_take_a_part_each():
+    first, second = MLP(2, 3), MLP(4, 1)
+    x = torch.randn(5, 6)
+    expected = torch.cat([affine(x[:, :2], first[0]), affine(x[:, 2:], second[0])], -1)
+    torch.testing.assert_close(Branches(first, second)(x), expected)
+
+
+@pytest.mark.parametrize("nets", [(), (MLP(2, 3), nn.Linear(2, 3))], ids=["none", "unstated"])
+def test_branches_state_their_widths(nets):
+    with pytest.raises(ValueError, match=r"Branches\(.*as \.inputs and \.outputs"):
+        Branches(*nets)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -16,12 +16,12 @@ from ppl_vae.recipes import Experiment, build, recipes
 RECIPES = recipes()
 
 
-def experiment(name: str) -> Experiment:
+def experiment(name: str, arguments: dict[str, int]) -> Experiment:
     # Offline, a set that is not on the disk would be a download that fails after a time-out.
     if not name.endswith(("digits", "sprites")) and not data_home().is_dir():
         pytest.skip(f"needs data in {data_home()}; set PPL_VAE_DATA")
     try:
-        return build(name, {}, seed=0)
+        return build(name, arguments, seed=0)
     except DataNotFoundError as error:
         pytest.skip(str(error))
 
@@ -61,9 +61,19 @@ def some_rows(made: Experiment) -> tuple[Dataset, dict[str, int]]:
     return data, options
 
 
-@pytest.mark.parametrize("name", RECIPES)
+CONVOLUTIONAL = {name for name in RECIPES if name.startswith(("conv-hvae", "conv-flow"))}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in CONVOLUTIONAL else name
+        for name in RECIPES
+    ],
+)
 def test_recipe_learns_from_some_of_its_rows(name: str) -> None:
-    made = experiment(name)
+    # Each pseudo-input costs as much as a row of the batch.
+    made = experiment(name, {"components": 20} if name in CONVOLUTIONAL and "vamp" in name else {})
     data, more = some_rows(made)
     options = {**made.fit, "epochs": 4, "warmup": 0, "batch_size": 50, "progress": False, **more}
     history = fit(made.model, made.guide, data, **options).history
