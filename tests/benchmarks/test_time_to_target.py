@@ -9,9 +9,9 @@ import pyro.infer
 import pytest
 import torch
 
-from benchmarks import time_to_target as bench
+from benchmarks import fits, time_to_target
 from benchmarks.agreement import Disagreement
-from benchmarks.time_to_target import Look
+from benchmarks.looks import Look, Stopwatch, Watch, first_within, thinned
 from ppl_vae.recipes import build
 
 ALIKE = {"epochs": 2, "batch_size": 63, "warmup": 2.0, "schedule": "cosine"}
@@ -20,24 +20,24 @@ ALIKE = {"epochs": 2, "batch_size": 63, "warmup": 2.0, "schedule": "cosine"}
 
 def start(chosen=ALIKE):
     made = build("vae-digits", {"latents": 3, "hidden": 16}, 0)
-    return made, bench.settings_of(made, chosen)
+    return made, fits.settings_of(made, chosen)
 
 
 def watch(made, draws=5):
-    return bench.Watch(made, bench.thinned(made.data), lambda epoch: True, draws)
+    return Watch(made, thinned(made.data), lambda epoch: True, draws)
 
 
 def test_the_first_look_within_the_target_counts():
     curve = [Look(1, 2.0, 99.0), Look(2, 4.0, 90.0), Look(3, 6.0, 91.0), Look(4, 8.0, 80.0)]
-    assert bench.first_within(curve, 90.0) == curve[1]
-    assert bench.first_within(curve, 85.0) == curve[3]
-    assert bench.first_within(curve, 79.9) is None
+    assert first_within(curve, 90.0) == curve[1]
+    assert first_within(curve, 85.0) == curve[3]
+    assert first_within(curve, 79.9) is None
 
 
 def test_the_clock_stands_still_while_it_is_stopped(monkeypatch):
     now = 10.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = bench.Stopwatch()
+    clock = Stopwatch()
     now = 13.0
     with clock.stopped() as shown:
         now = 50.0
@@ -45,20 +45,20 @@ def test_the_clock_stands_still_while_it_is_stopped(monkeypatch):
     assert (shown, clock.seconds) == (3.0, 5.0)
 
 
-@pytest.mark.parametrize("elbo", bench.ELBOS)
+@pytest.mark.parametrize("elbo", fits.ELBOS)
 def test_weighted_losses_agree(elbo):
-    bench.check(*start(), elbo, weight=0.3)
+    fits.check(*start(), elbo, weight=0.3)
 
 
 def test_a_kl_that_is_not_weighted_is_found(monkeypatch):
-    monkeypatch.setattr(bench.Annealed, "_pyro_sample", lambda self, msg: None)
+    monkeypatch.setattr(fits.Annealed, "_pyro_sample", lambda self, msg: None)
     with pytest.raises(Disagreement):
-        bench.check(*start(), "Trace_ELBO", weight=0.3)
+        fits.check(*start(), "Trace_ELBO", weight=0.3)
 
 
 def test_both_contenders_train_to_the_same_weights():
     pairs, curves = [], []
-    for contender in (bench.ours, bench.by_pyro):
+    for contender in (fits.ours, fits.by_pyro):
         made, settings = start()
         looks = watch(made)
         found = contender(made, settings, "Trace_ELBO", looks)
@@ -82,7 +82,7 @@ def test_pyro_validates_as_it_comes(validated, monkeypatch):
 
     monkeypatch.setattr(pyro.infer.SVI, "step", step)
     made, settings = start(ALIKE | {"schedule": None, "epochs": 1})
-    bench.by_pyro(made, settings, "Trace_ELBO", watch(made, 1), validated=validated)
+    fits.by_pyro(made, settings, "Trace_ELBO", watch(made, 1), validated=validated)
     assert seen == {validated}
 
 
@@ -90,14 +90,14 @@ def test_what_pyro_does_not_do_is_refused():
     made, _ = start()
     made.fit["max_grad_norm"] = 1.0
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0"):
-        bench.settings_of(made, {})
+        fits.settings_of(made, {})
     with pytest.raises(ValueError, match="plateau"):
-        bench.schedule_of({"schedule": "plateau", "epochs": 1})
+        fits.schedule_of({"schedule": "plateau", "epochs": 1})
 
 
 def test_the_command_reports_both(capsys):
     options = "--recipe vae-digits --targets 1e4,1 --epochs 3 --every 2 --draws 5 --json"
-    bench.main([*options.split(), "--threads", str(torch.get_num_threads())])
+    time_to_target.main([*options.split(), "--threads", str(torch.get_num_threads())])
     result = json.loads(capsys.readouterr().out)
     assert list(result["contenders"]) == ["ours", "pyro"]
     for figures in result["contenders"].values():
@@ -106,4 +106,4 @@ def test_the_command_reports_both(capsys):
         assert figures["reached"] == {"10000": figures["curve"][0], "1": None}
         assert figures["steps"] == 3 * 24
         assert figures["test"]["rows"] == 30
-    assert "not reached" in bench.show(result)
+    assert "not reached" in time_to_target.show(result)
