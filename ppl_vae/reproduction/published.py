@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ppl_vae.names import nearest
 
-Measure = Literal["nll", "elbo", "error"]
+Measure = Literal["nll", "negative_elbo", "error"]
 """What is compared: the NLL by importance sampling, the negative ELBO, in nats per datum; or the
 classifier's error on the test rows, in percent. The lower the better."""
 

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,10 +271,10 @@ def _figures(fitted: Fitted, figure: Published, folder: Path, say: Say) -> dict[
             "samples": figure.samples,
             "nll": -float(evidence.mean()),
             "nll_se": _standard_error(evidence),
-            "elbo": -float(scores["elbo"].mean()),
-            "elbo_se": _standard_error(scores["elbo"]),
-            "elbo_of_10_draws": -found.elbo,
-            "reconstruction": -found.reconstruction,
+            "negative_elbo": -float(scores["elbo"].mean()),
+            "negative_elbo_se": _standard_error(scores["elbo"]),
+            "negative_elbo_of_10_draws": -found.elbo,
+            "reconstruction": found.reconstruction,
             "kl_per_site": found.kl_per_site,
             "active_units": found.active_units,
             "bits_per_dim": found.bits_per_dim,
@@ -305,8 +306,8 @@ def _of_labels(found: Evaluation) -> dict[str, Any]:
         "error_se": 100 * scores.accuracy_se,
         "nll": found.nll,
         "nll_se": found.nll_se,
-        "elbo": -found.elbo,
-        "elbo_se": found.elbo_se,
+        "negative_elbo": -found.elbo,
+        "negative_elbo_se": found.elbo_se,
         "labels": {source: averaged_labels(own) for source, own in found.labels.items()},
     }
 
@@ -435,7 +436,10 @@ def _standard_error(values: np.ndarray) -> float:
 
 
 def as_json(value: Any) -> bytes:
-    return (json.dumps(finite_or_none(value), indent=1, ensure_ascii=False) + "\n").encode()
+    """JSON whose lists of numbers, such as a curve's, stand on a line each."""
+    text = json.dumps(finite_or_none(value), indent=2, ensure_ascii=False)
+    lists = re.compile(r"\[\s+([^\[\]{}\"]*?)\s+\]")
+    return (lists.sub(lambda m: f"[{' '.join(m[1].split())}]", text) + "\n").encode()
 
 
 @contextmanager

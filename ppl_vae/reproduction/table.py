@@ -127,7 +127,7 @@ def _section(group: Group, records: Sequence[Record]) -> str:
 
 _MEASURED = {
     "nll": "published NLL",
-    "elbo": "published negative ELBO",
+    "negative_elbo": "published negative ELBO",
     "error": "published error, %",
 }
 
@@ -180,7 +180,7 @@ def _believed(group: Group, records: Sequence[Record]) -> Iterable[tuple[str, ..
                 str(one["seed"]),
                 str(found["samples"]),
                 f"{found['nll']:.2f} ± {found['nll_se']:.2f}",
-                f"{found['elbo']:.2f} ± {found['elbo_se']:.2f}",
+                f"{found['negative_elbo']:.2f} ± {found['negative_elbo_se']:.2f}",
                 "–" if k is None or k["median"] is None else f"{k['median']:.2f}",
                 "–" if k is None or k["median"] is None else f"{100 * k['share_above_0.7']:.0f} %",
                 str(found.get("active_units", "–")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def short_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(out: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in (out / "records").iterdir()}
+
+
+def _unaligned(page: str) -> str:
+    """A page without the blanks that align its tables."""
+    return re.sub(" +", " ", page)
 
 
 def test_every_combination_is_run_and_averaged(labeled_recipes: Path, tmp_path: Path) -> None:
@@ -69,7 +75,10 @@ def test_every_combination_is_run_and_averaged(labeled_recipes: Path, tmp_path: 
         row["labels"]["classifier"]["accuracy"]
         for row in (rows["bits", "enumerate", 6][k] for k in ("mean", "standard_error"))
     )
-    assert f"| bits | enumerate | 6 | 2 | {100 * (1 - mean):.2f} ± {100 * error:.2f} |" in text
+    assert (
+        f"| bits | enumerate | 6 | 2 | {100 * (1 - mean):.2f} ± {100 * error:.2f} |"
+        in _unaligned(text)
+    )
     assert (out / "plot.png").read_bytes()[:4] == b"\x89PNG"
     lines = plot(table).axes[0].containers
     assert [one.get_label() for one in lines] == [
@@ -139,8 +148,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     assert (row["seeds"], row["failed"]) == (1, 1)
     assert row["each"][1]["failed"] == "epoch 1, batch 2: the loss is nan"
     assert row["standard_error"]["nll"] is None
-    assert "| bits | enumerate | 6 | 1 (1 failed) |" in markdown(table)
-    assert "1: failed |" in markdown(table)
+    assert "| bits | enumerate | 6 | 1 (1 failed) |" in _unaligned(markdown(table))
+    assert "1: failed |" in _unaligned(markdown(table))
 
 
 def test_recipes_are_found_by_their_data() -> None:
