@@ -7,64 +7,14 @@ model sooner, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
 
 from ppl_vae.names import nearest
-
-Measure = Literal["nll", "negative_elbo", "error"]
-"""What is compared: the NLL by importance sampling, the negative ELBO, in nats per datum; or the
-classifier's error on the test rows, in percent. The lower the better."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published figure, and what makes ours.
-
-    Attributes:
-        name: of the reproduction, by which it is asked for.
-        recipe: that makes the model.
-        value: the published figure; None where there is none.
-        arguments: of the recipe.
-        error: the published standard error, or deviation over runs.
-        measure: see :data:`Measure`.
-        samples: importance draws a test row.
-        paper: how the authors optimized, as arguments of :func:`ppl_vae.fit`; None where the recipe
-            does as they did.
-        seen: whether the figure was read in the paper or its authors' code; else it is recalled.
-        note: what else there is to know.
-    """
-
-    name: str
-    recipe: str
-    value: float | None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    error: float | None = None
-    measure: Measure = "nll"
-    samples: int = 5000
-    paper: Mapping[str, Any] | None = None
-    seen: bool = True
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Figures of one protocol.
-
-    Attributes:
-        title: of the table.
-        source: author, year, arXiv id, and table.
-        protocol: what makes the figures comparable, in a sentence or two.
-        figures: in the order of the table.
-        missing: why none of them can be made as yet, such as data that are not to be had.
-    """
-
-    title: str
-    source: str
-    protocol: str
-    figures: Sequence[Published]
-    missing: str = ""
+from ppl_vae.reproduction import other_protocols as other
+from ppl_vae.reproduction import vamp_protocol as vamp
+from ppl_vae.reproduction.figure import Group as Group
+from ppl_vae.reproduction.figure import Measure as Measure
+from ppl_vae.reproduction.figure import Published as Published
 
 
 def published() -> dict[str, Published]:
@@ -91,50 +41,26 @@ def groups() -> tuple[Group, ...]:
     return tuple(make() for make in _GROUPS)
 
 
-# Tomczak & Welling 2018 (arXiv:1705.07120), section 5.
-_VAMP = {
-    "epochs": 2000,
-    "batch_size": 100,
-    "learning_rate": 5e-4,
-    "warmup": 100,
-    "patience": 50,
-    "schedule": None,
-    "precision": "32-true",
-}
-
-
-def _static_mnist() -> Group:
-    def figure(recipe: str, value: float, **more: Any) -> Published:
-        return Published(recipe, recipe, value, paper=_VAMP, **more)
-
-    return Group(
-        "Static MNIST",
-        "Tomczak & Welling 2018 (arXiv:1705.07120), tables 1 and 2",
-        "Larochelle's fixed bits, 50,000 / 10,000 / 10,000; early stopping by the validation rows; "
-        "NLL of all test rows by 5000 importance samples.",
-        [
-            figure("vae-static-mnist", 88.56, seen=False),
-            figure("vamp-static-mnist", 85.57),
-            figure("hvae-static-mnist", 86.05, seen=False),
-            figure("hvae-vamp-static-mnist", 83.19),
-        ],
-    )
-
-
-def _embedded() -> Group:
-    return Group(
-        "Embedded digits",
-        "none: the data come with scikit-learn, so that anyone can make these anew in minutes",
-        "8x8 counts under a Binomial, 1,197 / 300 / 300; NLL of all test rows by 5000 importance "
-        "samples.",
-        [
-            Published(f"{family}-digits", f"{family}-digits", None)
-            for family in ("vae", "vamp", "hvae", "ladder", "flow", "iwae")
-        ],
-    )
-
-
-_GROUPS: tuple[Callable[[], Group], ...] = (_static_mnist, _embedded)
+_GROUPS = (
+    vamp.static_mnist,
+    other.importance_weighted,
+    other.doubly_reparameterized,
+    other.importance_weighted_static,
+    other.flows,
+    other.semi_supervised,
+    vamp.mnist,
+    other.ladders,
+    other.deep_ladders,
+    vamp.caltech,
+    vamp.fashion,
+    other.belief_networks,
+    other.wake_sleep,
+    other.planar_maps,
+    other.quadrants,
+    vamp.omniglot,
+    vamp.frey_faces,
+    other.embedded,
+)
 
 
 def each_figure() -> Iterator[tuple[Group, Published]]:
