@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ppl_vae.data.dataset import Binarization, Dataset
 from ppl_vae.data.files import read_path
-from ppl_vae.data.sources import data_home, known_names, read_known
+from ppl_vae.data.sources import DataNotFoundError, data_home, known_names, read_known
+from ppl_vae.data.stand_ins import take_stand_in
 from ppl_vae.names import nearest
 
 
@@ -42,7 +43,7 @@ def load_data(
     if name is not None and name in known_names():
         if image_shape is not None or unit is not None:
             raise ValueError(f"{name} has its own image_shape and unit: leave them out")
-        dataset = read_known(name, data_home())
+        dataset = _known(name)
     else:
         path = Path(name_or_path).expanduser()
         if name is not None and not path.exists() and not _looks_like_path(name):
@@ -52,6 +53,15 @@ def load_data(
     if not labels:
         dataset = dataset.without_labels()
     return dataset if binarize == "none" else dataset.binarized(binarize, seed)
+
+
+def _known(name: str) -> Dataset:
+    try:
+        return read_known(name, data_home())
+    except DataNotFoundError as error:
+        if (found := take_stand_in(name, str(error))) is None:
+            raise
+        return found
 
 
 def _looks_like_path(name: str) -> bool:

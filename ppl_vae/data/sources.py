@@ -26,6 +26,7 @@ from ppl_vae.data.formats import (
     upright,
 )
 from ppl_vae.data.sprites import sprites
+from ppl_vae.data.stand_ins import has_stand_in
 
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -326,6 +327,8 @@ def _download(
     """Has torchvision download a data set into `home`, one call for each of `options`."""
     sought = ", ".join(map(str, looked_for))
     advice = f"Put the files there, or set PPL_VAE_DATA to a folder that has them (now: {home})"
+    if has_stand_in(name):
+        raise DataNotFoundError(f"{name}: looked for {sought}. {advice}")
     # Imported here alone: with a torch of another build, importing torchvision fails.
     try:
         from torchvision import datasets
