@@ -54,6 +54,7 @@ _MODULES = {
     "nn",
     "objectives",
     "plots",
+    "pretrained",
     "priors",
     "uses",
 }

@@ -174,10 +174,17 @@ def _reopen(folder: str | Path, about: Mapping[str, Any]) -> Run:
     """The run in a folder, if going on as ``about`` says leads to the same bits.
 
     Raises:
-        ValueError: other data, seed or settings; names the first that differs.
+        ValueError: other data, seed or settings; names the first that differs. A trained model
+            that came with the package.
     """
     run = Run.open(folder)
     was, now = run.record, about
+    if "pretrained" in was:
+        raise ValueError(
+            f"{run.folder} holds the trained model {was['pretrained']!r}, its weights without the "
+            "optimizer's state: its fit cannot go on; fit the recipe anew in another folder, with "
+            f"ppl-vae fit {was['recipe']} --out DIR"
+        )
     if was["data"]["sha256"] != now["data"]["sha256"]:
         raise ValueError(
             f"{run.folder} was fitted to other data: {was['data']['name']} with sha256 "

@@ -456,6 +456,28 @@ def reproduce_command(
     print(out / "README.md")
 
 
+def load_command(names: list[str], out: Path | None = None) -> None:
+    """Load trained models that come with the package into folders of runs, and print their cards.
+
+    ``ppl-vae evaluate``, ``check`` and ``sample`` go on from such a folder, ``fit --resume`` does
+    not: the optimizer's state is not kept.
+
+    Args:
+        names: of the models. Default: list them.
+        out: folder of the run, of one model; new, or empty. Default: runs/NAME.
+    """
+    from ppl_vae.pretrained import as_run, card, summaries
+
+    if out is not None and len(names) != 1:
+        raise ValueError(f"--out {out} is the folder of one model: give one NAME with it")
+    if not names:
+        print("\n".join(f"{name:<26} {line}" for name, line in summaries().items()))
+    for name in names:
+        folder = Path("runs") / name if out is None else out
+        as_run(name, folder)
+        print(f"{card(name)}\n\n{folder}")
+
+
 def _parted(text: str | None) -> list[str] | None:
     """Words parted by commas."""
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
@@ -477,4 +499,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample_command,
     "experiment": experiment_command,
     "reproduce": reproduce_command,
+    "load": load_command,
 }
