@@ -57,12 +57,12 @@ def settings_of(made: Experiment, chosen: Settings) -> dict[str, Any]:
     """
     defaults = inspect.signature(fit).parameters
     own = {name: value for name, value in made.fit.items() if name not in LEFT_OUT}
-    strange = [name for name in own if name not in SHARED]
+    strange = [f"{name}={value!r}" for name, value in own.items() if name not in SHARED]
     strange += [name for name in ("before", "begin") if getattr(made, name) is not None]
     if strange:
         raise ValueError(
-            f"the recipe has {strange[0]}={own.get(strange[0])!r}, which the loop in Pyro has not; "
-            f"expected a recipe with {', '.join(SHARED)} alone"
+            f"the recipe has {strange[0]}, which is not written in Pyro's loop here; take a recipe "
+            f"whose fit has {', '.join(SHARED)} alone"
         )
     if "validation" not in made.data.splits:
         raise ValueError(f"{made.data.name} has no validation split, at which to look")
@@ -208,7 +208,9 @@ def check(made: Experiment, settings: Settings, elbo: str, *, weight: float = 0.
     """
     rows = made.data.split("train")
     if rows.labeled is not None:
-        raise ValueError(f"{made.data.name}: labels are withheld, which the loop in Pyro has not")
+        raise ValueError(
+            f"{made.data.name}: labels are withheld, which is not written in Pyro's loop here"
+        )
     batch = made.model.observed(rows.batch(slice(0, settings["batch_size"])))
     size = len(next(iter(batch.values())))
     held = parameters(made.model, made.guide)
