@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,27 +41,23 @@ def load(name: str, *, device: str = "cpu", folder: Path = FOLDER) -> Fitted:
         ValueError: there is no model of that name; "cuda" for ``device`` where there is none.
         CorruptCheckpoint: its files are damaged.
     """
-    place = torch_device(device)
     facts = read_facts(name, folder)
-    tensors = read_weights(facts, folder)
-    source = facts["source"]
-    with standing_in({source["name"]: stand_in(source)}) as missing:
-        made = build(facts["recipe"], facts["arguments"], facts["seed"])
-    load_weights(made.model, made.guide, tensors)
-    data = made.data
-    if missing:
-        data = _simulated(made.model, data)
-        warnings.warn(
-            f"{name}: {missing[source['name']]}. Until then, its data are rows drawn from the "
-            "model, whose figures say nothing of real ones",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    else:
-        _compare(facts, data)
-    made.model.to(place)
-    made.guide.to(place)
-    return Fitted(made.model, made.guide, data)
+    return _fitted(facts, read_weights(facts, folder), device)
+
+
+def opened(run: Run, device: str) -> Fitted:
+    """The trained model in a folder that :func:`as_run` made: see :func:`ppl_vae.load`.
+
+    Raises:
+        CorruptCheckpoint: its checkpoint is damaged.
+        ValueError: its checkpoint is missing.
+    """
+    if (checkpoint := run.load("best")) is None:
+        raise ValueError(f"{run.folder} has no weights: its checkpoint 'best' is missing")
+    about = {**run.record, "name": run.record["pretrained"]}
+    fitted = _fitted(about, checkpoint.tensors, device, above=1)
+    fitted.run = run
+    return fitted
 
 
 def as_run(name: str, out: str | Path, *, folder: Path = FOLDER) -> Run:
@@ -86,6 +83,30 @@ def as_run(name: str, out: str | Path, *, folder: Path = FOLDER) -> Run:
     return run
 
 
+def _fitted(facts: Facts, tensors: Mapping[str, Tensor], device: str, *, above: int = 0) -> Fitted:
+    """A recipe's pair with these weights, and its data, or rows in their place.
+
+    Args:
+        above: how many calls further up than the caller's caller a warning is to point.
+    """
+    place, source = torch_device(device), facts["source"]
+    with standing_in({source["name"]: stand_in(source)}) as missing:
+        made = build(facts["recipe"], facts["arguments"], facts["seed"])
+    load_weights(made.model, made.guide, tensors)
+    data, doubt = made.data, _difference(facts, made.data)
+    if missing:
+        data = _simulated(made.model, made.data)
+        doubt = (
+            f"{missing[source['name']]}. Until then, the data of {facts['name']} are rows drawn "
+            "from the model, whose figures say nothing of real ones"
+        )
+    if doubt:
+        warnings.warn(doubt, RuntimeWarning, stacklevel=3 + above)
+    made.model.to(place)
+    made.guide.to(place)
+    return Fitted(made.model, made.guide, data)
+
+
 # What ``run.json`` has of the run in which the model was trained.
 _OF_RUN = (
     "recipe",
@@ -96,6 +117,7 @@ _OF_RUN = (
     "parameters",
     "fit",
     "data",
+    "source",
     "versions",
     "hardware",
     "created",
@@ -104,16 +126,15 @@ _OF_RUN = (
 )
 
 
-def _compare(facts: Facts, data: Dataset) -> None:
-    """Tell of other data than those of the fit."""
+def _difference(facts: Facts, data: Dataset) -> str:
+    """Says so, where data are other ones than those of the fit."""
     expected, found = facts["data"]["sha256"], data.fingerprint()["sha256"]
-    if found != expected:
-        warnings.warn(
-            f"{facts['name']} was fitted to {facts['data']['name']} with sha256 {expected[:12]}…, "
-            f"and the data here have {found[:12]}…: figures are not to be compared",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    if found == expected:
+        return ""
+    return (
+        f"{facts['name']} was fitted to {facts['data']['name']} with sha256 {expected[:12]}…, and "
+        f"the data here have {found[:12]}…: figures are not to be compared"
+    )
 
 
 def _simulated(model: GenerativeModel, like: Dataset) -> Dataset:

@@ -249,7 +249,8 @@ def load(
     A recipe's run is rebuilt from the recipe; a run that was fitted from Python needs the pair,
     built as it was, since no code is kept in a run's folder. Weights are the best on validation
     data where the run stops early by patience, else the last ones; where the best are damaged, the
-    last ones, with a warning.
+    last ones, with a warning. Of a trained model that came with the package, rows drawn from it
+    stand in for data that are not at hand, with a warning.
 
     Raises:
         FileNotFoundError: no run there.
@@ -258,6 +259,10 @@ def load(
         CorruptCheckpoint: no checkpoint is intact.
     """
     run = Run.open(folder)
+    if "pretrained" in run.record and model is None and guide is None and data is None:
+        from ppl_vae.pretrained.loading import opened  # which imports this module
+
+        return opened(run, device)
     if model is None or guide is None:
         experiment = build(_recipe_of(run), run.record["arguments"], run.record["seed"])
         model, guide = experiment.model, experiment.guide

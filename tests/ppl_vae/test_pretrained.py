@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tomllib
 import types
 import warnings
 from dataclasses import replace
@@ -303,6 +304,11 @@ def test_without_the_files_rows_of_the_model_are_the_data(
     with pytest.warns(RuntimeWarning):
         again = pretrained.load(name, folder=tmp_path / "models")
     assert all(torch.equal(train[c], again.data.splits["train"][c]) for c in train)
+    pretrained.as_run(name, tmp_path / "run", folder=tmp_path / "models")
+    with pytest.warns(RuntimeWarning, match="drawn from the model") as told:
+        opened = ppl_vae.load(tmp_path / "run")
+    assert told[0].filename == __file__
+    assert all(torch.equal(train[c], opened.data.splits["train"][c]) for c in train)
     with standing_in({source["name"]: stand_in(source)}):
         made = build(recipe, arguments, 3)
     for key, tensor in weights(fitted.model, fitted.guide).items():
@@ -377,6 +383,19 @@ def test_weights_of_another_model_are_refused(copied: Path) -> None:
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no trained model 'vae-digit'; did you mean 'vae-digit"):
         pretrained.card("vae-digit")
+
+
+def test_the_files_are_part_of_the_package() -> None:
+    root = Path(__file__).parents[2]
+    listed = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    patterns = listed["package-data"]["ppl_vae.pretrained"]
+    for name in NAMES:
+        for end in ("json", "safetensors"):
+            path = pretrained.FOLDER / f"{name}.{end}"
+            assert path.exists()
+            assert any(path.match(pattern) for pattern in patterns)
+    for init in (root / "ppl_vae").glob("*/__init__.py"):
+        assert f"ppl_vae.{init.parent.name}" in listed["packages"]
 
 
 # From a run, and to one
