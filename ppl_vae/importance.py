@@ -275,22 +275,28 @@ def budget(
     withheld: Collection[str] = (),
 ) -> Budget:
     """What fits into ``memory`` MiB, and into the cache, as found by drawing for a small batch."""
-    draws = min(samples, 16)
     assignments = Assignments(model, guide, batch, withheld)
-    with OutputBytes() as made_by_guide:
-        drawn, _ = draw_all(guide, batch, draws, assignments)
-    with OutputBytes() as made_by_model:
-        score(model, batch, drawn[0], draws)
+    draws = min(samples, 16)
+
+    def made(rows: int) -> tuple[int, int]:
+        some = {name: column[:rows] for name, column in batch.items()}
+        with OutputBytes() as by_guide:
+            drawn, _ = draw_all(guide, some, draws, assignments)
+        with OutputBytes() as by_model:
+            score(model, some, drawn[0], draws)
+        return by_guide.bytes, by_model.bytes
+
+    column = next(iter(batch.values()))
+    # What is made once for all rows, such as a VampPrior's components, is in no row's share.
+    fewer = len(column) // 2
+    pairs = zip(made(len(column)), made(fewer) if fewer else (0, 0), strict=True)
+    each = [max(1, (more - less) // (draws * (len(column) - fewer))) for more, less in pairs]
     # A block is alive while its chunks are scored.
     most = memory * 2**20 // 2
-    column = next(iter(batch.values()))
     if column.device.type == "cpu":
         most = min(most, CACHED)
-    made = len(column) * draws
-    return Budget(
-        max(1, most * made // max(1, made_by_guide.bytes)),
-        max(1, most * made // max(1, made_by_model.bytes)),
-    )
+    block, chunk = (max(1, most // made_a_draw) for made_a_draw in each)
+    return Budget(block, chunk)
 
 
 class _Scorer:
