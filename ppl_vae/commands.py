@@ -417,6 +417,7 @@ def reproduce_command(
     budget: float | None = None,
     protocol: Literal["recipe", "paper"] = "recipe",
     device: Device = "auto",
+    precision: Literal["32-true", "64-true", "bf16-mixed"] | None = None,
     out: Path = Path("results"),
     table: bool = False,
     quiet: bool = False,
@@ -433,6 +434,7 @@ def reproduce_command(
         protocol: how to optimize: as the recipe says, or as the paper did, which may take days.
             Data, early stopping and evaluation are the paper's either way.
         device: where to compute.
+        precision: of fits; scores are computed in float32. Default: as recipe or paper.
         out: folder of runs and records.
         table: only make README.md anew from the records.
         quiet: show no progress.
@@ -448,6 +450,7 @@ def reproduce_command(
             seeds=seeds,
             budget=budget,
             device=device,
+            precision=precision,
             progress=not quiet,
             say=(lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr)),
         )

@@ -5,6 +5,6 @@ from ppl_vae.reproduction.published import Measure as Measure
 from ppl_vae.reproduction.published import Published as Published
 from ppl_vae.reproduction.published import published as published
 from ppl_vae.reproduction.record import reproduce as reproduce
-from ppl_vae.reproduction.record import score as score
+from ppl_vae.reproduction.scoring import score as score
 from ppl_vae.reproduction.table import markdown as markdown
 from ppl_vae.reproduction.table import read_records as read_records

@@ -9,15 +9,13 @@ Everything goes on where it was stopped, by Ctrl-C, a kill, or the end of a budg
 from __future__ import annotations
 
 import _thread
-import hashlib
-import io
 import json
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,21 +23,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ppl_vae.atomic import write_atomically
-from ppl_vae.data import Dataset
-from ppl_vae.draws import observed
 from ppl_vae.evaluation import Evaluation, evaluate, finite_or_none
 from ppl_vae.fitting import Fitted, torch_device
-from ppl_vae.importance import parts
-from ppl_vae.loop import weights
 from ppl_vae.recipes import load, resume, run_recipe
 from ppl_vae.replicas import averaged_labels
 from ppl_vae.reproduction.published import Published, find_published, published
+from ppl_vae.reproduction.scoring import Say, leaks, score
 from ppl_vae.run import Run, environment
-from ppl_vae.sites import evaluating
-from ppl_vae.weights import RELIABLE, bound, effective_samples, log_weights, pareto_smoothed
+from ppl_vae.weights import RELIABLE
 
 FORMAT = 1
 
@@ -48,8 +41,6 @@ Protocol = Literal["recipe", "paper"]
 
 MARGIN = 0.3
 """Nats within which two figures are told apart by nobody: seeds of one fit differ by about 0.1."""
-
-Say = Callable[[str], object]
 
 
 class Reproduction(NamedTuple):
@@ -85,6 +76,7 @@ def reproduce(
     seeds: int = 1,
     budget: float | None = None,
     device: str = "auto",
+    precision: str | None = None,
     progress: bool = False,
     say: Say = lambda text: None,
 ) -> list[dict[str, Any]]:
@@ -98,6 +90,8 @@ def reproduce(
         seeds: how many, from 0 upwards. On CUDA they are trained at once.
         budget: minutes after which to stop; what is begun then goes on the next time.
         device: "auto", "cpu" or "cuda".
+        precision: of fits that are begun, as :func:`ppl_vae.fit` has it; None: the recipe's, or the
+            paper's. Scores are computed in float32 in any case.
         progress: show a fit's progress.
         say: is told what is done.
 
@@ -128,7 +122,8 @@ def reproduce(
             for figure in figures:
                 wanted = [Reproduction(figure, protocol, seed) for seed in batch]
                 try:
-                    _fit_missing(wanted, out, device=device, progress=progress, say=say)
+                    options = {"device": device, "precision": precision, "progress": progress}
+                    _fit_missing(wanted, out, options, say)
                 except FileNotFoundError as error:
                     if names:
                         raise
@@ -139,7 +134,7 @@ def reproduce(
 
 
 def _fit_missing(
-    wanted: Sequence[Reproduction], out: Path, *, device: str, progress: bool, say: Say
+    wanted: Sequence[Reproduction], out: Path, options: dict[str, Any], say: Say
 ) -> None:
     """Fit those without a record: one alone, or all at once."""
     if all(one.path(out).exists() for one in wanted):
@@ -149,11 +144,12 @@ def _fit_missing(
     begun = [one.folder(out) for one in wanted if (one.folder(out) / "run.json").exists()]
     if len(begun) == len(wanted) and all(_finished(each) for each in begun):
         return
-    options = {"device": device, "progress": progress}
     # A run begins with a checkpoint: a folder without one is what a kill left of a beginning.
     if begun and len(begun) == len(wanted):
         say(f"{first.family}: going on with {folder}")
-        resume(folder, **options)
+        # What run.json has by its name alone; the rest stays as it was begun, precision too.
+        functions = {name: value for name, value in first.options().items() if callable(value)}
+        resume(folder, **functions, **(options | {"precision": None}))
         return
     say(f"{first.family}: fitting {first.figure.recipe}")
     run_recipe(
@@ -162,8 +158,7 @@ def _fit_missing(
         out=folder,
         seed=first.seed,
         seeds=None if len(wanted) == 1 else len(wanted),
-        **first.options(),
-        **options,
+        **(first.options() | {name: value for name, value in options.items() if value is not None}),
     )
 
 
@@ -310,112 +305,6 @@ def _of_labels(found: Evaluation) -> dict[str, Any]:
         "negative_elbo_se": found.elbo_se,
         "labels": {source: averaged_labels(own) for source, own in found.labels.items()},
     }
-
-
-ROWS_AT_ONCE = 500
-
-
-def score(
-    fitted: Fitted,
-    folder: Path | None = None,
-    *,
-    samples: int,
-    split: str = "test",
-    rows: Sequence[int] | None = None,
-    seed: int = 0,
-    say: Say = lambda text: None,
-) -> dict[str, np.ndarray]:
-    """Importance sampling of every row of a split, some hundred at a time.
-
-    Each part has a random state of its own, so that what is done need not be done again.
-
-    Args:
-        folder: where the scores of each part are kept; None: nowhere.
-        samples: importance draws a row.
-        rows: numbers of the rows; None: all.
-        seed: of the draws.
-        say: is told which part is done.
-
-    Returns:
-        float64 ``(rows,)`` each: "elbo", "log_evidence" (Burda et al. 2016, arXiv:1509.00519,
-        eq. 8), "pareto_k" and "effective_samples"; in nats per datum.
-    """
-    model, guide, held = fitted.model, fitted.guide, fitted.data.split(split)
-    chosen = torch.arange(len(held)) if rows is None else torch.tensor(rows)
-    kept = None if folder is None else folder / "scores" / _digest(fitted)
-    each = []
-    for part in parts(len(chosen), ROWS_AT_ONCE):
-        path = None if kept is None else kept / f"{split}-{samples}-{part.start:06d}.npz"
-        if path is not None and path.exists():
-            with np.load(path, allow_pickle=False) as found:
-                each.append(dict(found))
-            continue
-        with evaluating(seed + part.start, model, guide):
-            columns = observed(model, held, chosen[part])
-            drawn = log_weights(model, guide, columns, samples=samples)
-            each.append(_row_scores(drawn))
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            written = io.BytesIO()
-            np.savez(written, **each[-1])  # pyright: ignore[reportArgumentType]
-            write_atomically(path, written.getvalue())
-        nll = -np.concatenate([one["log_evidence"] for one in each]).mean()
-        say(f"{min(part.stop, len(chosen))} of {len(chosen)} {split} rows: NLL {nll:.2f}")
-    return {name: np.concatenate([one[name] for one in each]) for name in each[0]}
-
-
-def _row_scores(drawn: Tensor) -> dict[str, np.ndarray]:
-    """From log weights ``(samples, rows)``."""
-    found = {
-        "elbo": drawn.mean(0),
-        "log_evidence": bound(drawn, len(drawn)),
-        "pareto_k": pareto_smoothed(drawn).pareto_k,
-        "effective_samples": effective_samples(drawn),
-    }
-    return {name: column.numpy() for name, column in found.items()}
-
-
-def _digest(fitted: Fitted) -> str:
-    """Of the weights, so that scores of others are not taken for theirs."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights(fitted.model, fitted.guide).items()):
-        found.update(name.encode())
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def leaks(data: Dataset) -> dict[str, Any]:
-    """What would make a figure too good: test rows among the others, and values between 0 and 1.
-
-    Rows are compared as stored, before bits are drawn. Of binarized data, ``values`` are the least
-    and the greatest of the test rows, and ``whole`` whether all are whole numbers: grey pixels have
-    no likelihood under a Bernoulli.
-    """
-    seen = {name: _hashes(data.split(name).stored["x"]) for name in data.splits if name != "test"}
-    test = data.split("test")
-    of_test = _hashes(test.stored["x"])
-    values = torch.stack(
-        [
-            torch.stack([x.min(), x.max(), (x == x.round()).all().to(x.dtype)])
-            for part in parts(len(test), 1000)
-            for x in [test.batch(part)["x"]]
-        ]
-    )
-    return {
-        "test_rows_also_in": {
-            name: sum(row in rows for row in of_test) for name, rows in _sets(seen).items()
-        },
-        "values": [float(values[:, 0].min()), float(values[:, 1].max())],
-        "whole": bool(values[:, 2].all()),
-    }
-
-
-def _sets(seen: Mapping[str, list[bytes]]) -> dict[str, set[bytes]]:
-    return {name: set(rows) for name, rows in seen.items()}
-
-
-def _hashes(rows: Tensor) -> list[bytes]:
-    return [row.tobytes() for row in rows.cpu().flatten(1).numpy()]
 
 
 def _best_epoch(run: Run) -> int:

@@ -19,15 +19,15 @@ from ppl_vae.guide import Factorized
 from ppl_vae.models.ppca import PPCA
 from ppl_vae.recipes import load
 from ppl_vae.reproduction import record as record_module
+from ppl_vae.reproduction import scoring
 from ppl_vae.reproduction.published import Published
 from ppl_vae.reproduction.record import (
     Reproduction,
     as_json,
-    leaks,
     reproduce,
-    score,
     verdict,
 )
+from ppl_vae.reproduction.scoring import leaks, score
 
 TINY = Published(
     "tiny",
@@ -84,7 +84,7 @@ def test_scores_of_the_exact_posterior_are_the_evidence(float64):
 
 def test_scores_are_those_of_an_evaluation(float64, monkeypatch):
     """Other draws of the same guide, in another piece of code, in parts."""
-    monkeypatch.setattr(record_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(scoring, "ROWS_AT_ONCE", 7)
     model = PPCA(2, 5, scale=0.7)
     x = model.simulate(40)["x"]
     guide = Factorized(z=(Posterior(model, 1.3), ["x"]))  # wider: weights are bounded
@@ -101,7 +101,7 @@ def test_scores_are_those_of_an_evaluation(float64, monkeypatch):
 
 
 def test_what_is_scored_is_not_scored_again(made, monkeypatch, tmp_path):
-    monkeypatch.setattr(record_module, "ROWS_AT_ONCE", 120)
+    monkeypatch.setattr(scoring, "ROWS_AT_ONCE", 120)
     fitted = load(made[0] / "runs" / "tiny-paper" / "seed-0")
     told: list[str] = []
     first = score(fitted, tmp_path, samples=10, say=told.append)
