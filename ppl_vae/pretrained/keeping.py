@@ -18,6 +18,7 @@ from ppl_vae.pretrained.files import FOLDER, Facts, write
 from ppl_vae.pretrained.storing import packed_bytes, unpack
 from ppl_vae.recipes import load
 from ppl_vae.reproduction import record as records
+from ppl_vae.reproduction.scoring import score
 from ppl_vae.reproduction.published import each_figure, find_published
 
 ROWS = 500
@@ -127,7 +128,7 @@ def _cost(fitted: Fitted, data: bytes, *, rows: int, samples: int) -> dict[str, 
     chosen = order[:rows].sort().values.tolist()
 
     def nll() -> np.ndarray:
-        return -records.score(fitted, samples=samples, rows=chosen)["log_evidence"]
+        return -score(fitted, samples=samples, rows=chosen)["log_evidence"]
 
     before = nll()
     load_weights(fitted.model, fitted.guide, unpack(safetensors.torch.load(data)))

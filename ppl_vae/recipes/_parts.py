@@ -19,6 +19,7 @@ from ppl_vae.models.vae import VAE
 from ppl_vae.nn import MLP, GatedMLP
 from ppl_vae.priors import StandardNormal
 from ppl_vae.recipes import Experiment
+from ppl_vae.schedules import HoldThenDecay
 
 Guide = Callable[..., AmortizedGuide]
 
@@ -29,6 +30,19 @@ COMPARED: dict[str, Any] = {
     "warmup": 20,
 }
 """How families are fitted to the digits: all alike, so that their figures can be compared."""
+
+
+def cooled(hold: int, decay: int, **more: Any) -> dict[str, Any]:
+    """Settings of a fit at a learning rate that is held, then falls to 0: fewer epochs than until
+    patience runs out, and lower figures. The best epoch is kept, as by the validation rows."""
+    return {
+        "epochs": hold + decay,
+        "schedule": HoldThenDecay(hold, decay),
+        "learning_rate": 1e-3,
+        "warmup": 30,
+        "patience": 100,
+        **more,
+    }
 
 
 def example(data: Dataset, rows: int = 2) -> Tensor:

@@ -6,7 +6,7 @@ from ppl_vae.data import Dataset, load_data
 from ppl_vae.likelihoods import Bernoulli, Binomial
 from ppl_vae.nn import MLP, GatedMLP
 from ppl_vae.recipes import Experiment
-from ppl_vae.recipes._parts import COMPARED, two_levels, width, with_vamp
+from ppl_vae.recipes._parts import COMPARED, cooled, two_levels, width, with_vamp
 
 
 def hvae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
@@ -42,7 +42,9 @@ def hvae_static_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
         latents: size of each level.
         hidden: width of the two gated hidden layers of each net.
     """
-    return _hvae(load_data("static_mnist"), latents, hidden)
+    made = _hvae(load_data("static_mnist"), latents, hidden)
+    made.fit = cooled(80, 20)
+    return made
 
 
 def hvae_vamp_static_mnist(
@@ -193,6 +195,5 @@ def _hvae(data: Dataset, latents: int, hidden: int) -> Experiment:
         top=GatedMLP(pixels, hidden, hidden, 2 * latents),
         below=GatedMLP(pixels + latents, hidden, hidden, 2 * latents),
     )
-    fit = {"epochs": 500, "patience": 50, "learning_rate": 1e-3, "warmup": 10}
-    made.fit = fit
+    made.fit = {"epochs": 500, "patience": 50, "learning_rate": 1e-3, "warmup": 10}
     return made
