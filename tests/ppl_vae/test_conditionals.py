@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 from torch import nn
 from torch.distributions import constraints
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppl_vae.conditionals import (
     Normal,
@@ -14,8 +15,10 @@ from ppl_vae.conditionals import (
     is_real,
     join,
     positive,
+    through,
     unconstrain,
 )
+from ppl_vae.nn import MLP, GatedMLP
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -42,6 +45,33 @@ ON = pytest.mark.parametrize("name", SUPPORTS)
 
 def base(size, rows=5):
     return dist.Normal(torch.randn(rows, size), torch.rand(rows, size) + 0.5).to_event(1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [MLP, GatedMLP])
+def test_a_first_layer_sees_rows_once_where_they_meet_particles(kind, bias):
+    net = kind(7, 11, 9, 4)
+    if not bias:
+        (net[0].linear if kind is GatedMLP else net[0]).register_parameter("bias", None)
+    rows, particles = torch.randn(6, 5), torch.randn(50, 6, 2)
+    for context in ((rows, particles), (particles, rows)):
+        expected = net(join(*context))
+        torch.testing.assert_close(through(net, *context), expected)
+        with FlopCounterMode(display=False) as together:
+            net(join(*context))
+        with FlopCounterMode(display=False) as apart:
+            through(net, *context)
+        width = 22 if kind is GatedMLP else 11
+        saved = together.get_total_flops() - apart.get_total_flops()
+        assert saved == 2 * 49 * 6 * 5 * width  # multiply and add, at all particles but one
+    alike = rows, particles[0]
+    assert torch.equal(through(net, *alike), net(join(*alike)))
+
+
+def test_other_nets_are_given_what_is_joined():
+    net = nn.Sequential(nn.Linear(7, 3), nn.Tanh())
+    context = torch.randn(6, 5), torch.randn(50, 6, 2)
+    assert torch.equal(through(net, *context), net(join(*context)))
 
 
 def test_join_broadcasts_particles_with_rows():
