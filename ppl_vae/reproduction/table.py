@@ -113,6 +113,7 @@ def _section(group: Group, records: Sequence[Record]) -> str:
         "epochs",
         "fit, min",
         "as they did",
+        "to fill the gap",
     )
     lines = [f"## {group.title}", "", f"{group.source}. {group.protocol}"]
     if group.missing:
@@ -121,7 +122,11 @@ def _section(group: Group, records: Sequence[Record]) -> str:
     if believed := list(_believed(group, records)):
         lines += ["", "How far the estimates can be believed, run by run:", ""]
         lines.append(table(_BELIEVED, believed))
-    notes = [f"- `{figure.name}`: {figure.note}" for figure in group.figures if figure.note]
+    said: dict[str, list[str]] = {}
+    for figure in group.figures:
+        if figure.note:
+            said.setdefault(figure.note, []).append(f"`{figure.name}`")
+    notes = [f"- {', '.join(names)}: {note}" for note, names in said.items()]
     return "\n".join([*lines, "", *notes, *([""] if notes else [])])
 
 
@@ -139,7 +144,7 @@ def _row(figure: Published, records: Sequence[Record]) -> tuple[str, ...]:
         value += f" ± {figure.error:.2f}"
     way = "the recipe's" if figure.paper is None else "–" if theirs is None else str(theirs)
     if ours is None:
-        return (figure.name, value, "–", f"`ppl-vae reproduce {figure.name}`", "–", "", "", "", way)
+        return (figure.name, value, *["–"] * 6, way, f"`ppl-vae reproduce {figure.name}`")
     return (
         figure.name,
         value,
@@ -150,6 +155,7 @@ def _row(figure: Published, records: Sequence[Record]) -> tuple[str, ...]:
         f"{ours.mean('epochs_done'):.0f}",
         f"{ours.mean('seconds') / 60:.0f}",
         way,
+        "",
     )
 
 
