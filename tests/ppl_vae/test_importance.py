@@ -214,6 +214,25 @@ def test_memory_and_the_cache_bound_what_is_made_at_once() -> None:
     assert one.block > one.chunk
 
 
+class Wide(VAE):
+    """Makes a wide table once, whatever the rows, as a mixture of posteriors does."""
+
+    def x_dist(self, z: Tensor) -> Any:
+        return self.likelihood(z + 0 * torch.ones(200_000, dtype=z.dtype).mul(2).sum())
+
+
+def test_what_is_made_once_for_all_rows_takes_no_share_of_the_chunk() -> None:
+    found = []
+    for kind in (VAE, Wide):
+        model, guide = vae(kind)
+        with evaluating(0, model, guide):
+            some = {"x": model.simulate(4)["x"]}
+            found.append(importance.budget(model, guide, some, samples=50, memory=512))
+    plain, wide = found
+    assert wide.block == plain.block
+    assert wide.chunk == pytest.approx(plain.chunk, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("pair", "budget", "runs"),
     [

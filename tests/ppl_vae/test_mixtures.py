@@ -22,7 +22,7 @@ from ppl_vae.guides.full_rank import FullRank
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import Bernoulli
 from ppl_vae.loop import load_weights, weights
-from ppl_vae.mixtures import MixtureOfGaussians, VampPrior
+from ppl_vae.mixtures import Mixture, MixtureOfGaussians, VampPrior
 from ppl_vae.model import own_parameters, sample_nodes
 from ppl_vae.models.hierarchy import Hierarchy
 from ppl_vae.models.vae import VAE
@@ -132,6 +132,26 @@ def test_mixture_of_gaussians_is_torchs() -> None:
         [*torch.autograd.grad(prior().log_prob(z).sum(), [*prior.parameters()])],
         [*torch.autograd.grad(expected.log_prob(z).sum(), [*prior.parameters()])],
     )
+
+
+def test_narrow_normals_far_from_0_lose_nothing_in_single_precision() -> None:
+    """Their squares written out do: 1e7 less 1e7, in float32."""
+    loc = (30 + torch.randn(9, 4)).float()
+    scale = torch.full_like(loc, 0.01)
+    value = loc + scale * torch.randn(9, 4).float()
+
+    def mixture(kind: type, dtype: torch.dtype) -> Tensor:
+        components = dist.Normal(loc.to(dtype), scale.to(dtype)).to_event(1)
+        weights = torch.zeros(9, dtype=dtype)
+        if kind is Mixture:
+            return Mixture(weights, components, lambda _: components).log_prob(value.to(dtype))
+        logits = dist.Categorical(logits=weights)
+        return dist.MixtureSameFamily(logits, components).log_prob(value.to(dtype))
+
+    found = mixture(Mixture, torch.float32)
+    assert found.dtype == torch.float32
+    exact = mixture(dist.MixtureSameFamily, torch.float64)
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
 
 
 def test_mixture_of_gaussians_starts_spread_with_unit_variance() -> None:
