@@ -22,6 +22,7 @@ from ppl_vae.model import GenerativeModel
 from ppl_vae.objectives import Evolving, LinearWarmup, Objective, SemiSupervised, plain_elbo
 from ppl_vae.objectives.semi_supervised import strata
 from ppl_vae.run import Run
+from ppl_vae.schedules import HoldThenDecay
 from ppl_vae.sites import check_pair, read_sites
 from ppl_vae.svi import SVI, parameters
 from ppl_vae.training import Training
@@ -220,4 +221,9 @@ def _scheduler(
     if schedule == "plateau":
         # torch's threshold is relative, and of a negative ELBO a worse one would pass for better.
         return ReduceLROnPlateau(optimizer, mode="max", threshold=0.0)
+    if isinstance(schedule, HoldThenDecay) and schedule.epochs < epochs:
+        raise ValueError(
+            f"epochs={epochs}: the learning rate of {schedule} is 0 after {schedule.epochs} "
+            "epochs; ask for no more, or give another schedule"
+        )
     return schedule(optimizer) if callable(schedule) else None

@@ -432,9 +432,10 @@ def reproduce_command(
         seeds: how many runs of each, from seed 0 upwards; on CUDA at once.
         budget: minutes after which to stop.
         protocol: how to optimize: as the recipe says, or as the paper did, which may take days.
-            Data, early stopping and evaluation are the paper's either way.
+            Data, split and evaluation are the same either way.
         device: where to compute.
-        precision: of fits; scores are computed in float32. Default: as recipe or paper.
+        precision: of fits; scores are computed in float32 (float64 for 64-true). Default: as
+            recipe or paper.
         out: folder of runs and records.
         table: only make README.md anew from the records.
         quiet: show no progress.
@@ -442,6 +443,8 @@ def reproduce_command(
     from ppl_vae.atomic import write_atomically
     from ppl_vae.reproduction import markdown, read_records, reproduce
 
+    if table and names:
+        raise ValueError(f"--table is of all records: leave {' '.join(names)} out")
     if not table:
         reproduce(
             names,

@@ -8,6 +8,8 @@ particles) as batch dims on the left.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import reduce
+from typing import cast
 
 import pyro.distributions as dist
 import torch
@@ -36,7 +38,8 @@ class Conditional(nn.Module, ABC):
 
     def forward(self, *context: Tensor) -> TorchDistribution:
         # Under autocast a net answers in bfloat16, too coarse for a density.
-        return self.distribution(through(self.net, *context).to(context[0].dtype))
+        dtype = reduce(torch.promote_types, [part.dtype for part in context])
+        return self.distribution(through(self.net, *context).to(dtype))
 
     @abstractmethod
     def distribution(self, parameters: Tensor) -> TorchDistribution:
@@ -77,11 +80,13 @@ def through(net: nn.Module, *context: Tensor) -> Tensor:
     Most of the work of q(z1 | x, z2) with many draws is the first layer's: x is wide, and the same
     for all of them. Figures are the same up to rounding.
     """
-    layers = list(net) if isinstance(net, MLP | GatedMLP) else []
+    layers = list(cast(nn.Sequential, net)) if type(net) in (MLP, GatedMLP) else []
     first = layers[0] if layers else None
     linear = first.linear if isinstance(first, Gated) else first
-    alike = len({part.shape[:-1] for part in context}) == 1
-    if alike or not isinstance(linear, nn.Linear):
+    apart = len({part.shape[:-1] for part in context}) > 1
+    of_one_dtype = len({part.dtype for part in context}) == 1
+    # Of these very classes: a subclass, or a layer with a parametrization, has its own forward.
+    if not (apart and of_one_dtype and type(linear) is nn.Linear):
         return net(join(*context))
     columns = linear.weight.split([part.shape[-1] for part in context], 1)
     parts = sorted(zip(context, columns, strict=True), key=lambda part: part[0].shape[:-1].numel())

@@ -276,9 +276,8 @@ def budget(
 ) -> Budget:
     """What fits into ``memory`` MiB, and into the cache, as found by drawing for a small batch."""
     assignments = Assignments(model, guide, batch, withheld)
-    draws = min(samples, 16)
 
-    def made(rows: int) -> tuple[int, int]:
+    def made(rows: int, draws: int) -> tuple[int, int]:
         some = {name: column[:rows] for name, column in batch.items()}
         with OutputBytes() as by_guide:
             drawn, _ = draw_all(guide, some, draws, assignments)
@@ -287,10 +286,12 @@ def budget(
         return by_guide.bytes, by_model.bytes
 
     column = next(iter(batch.values()))
-    # What is made once for all rows, such as a VampPrior's components, is in no row's share.
-    fewer = len(column) // 2
-    pairs = zip(made(len(column)), made(fewer) if fewer else (0, 0), strict=True)
-    each = [max(1, (more - less) // (draws * (len(column) - fewer))) for more, less in pairs]
+    rows, draws = len(column), min(samples, 16)
+    # What is made once, whatever the rows and draws, such as a VampPrior's components, is in no
+    # draw's share.
+    few = rows // 2, (draws + 1) // 2
+    pairs = zip(made(rows, draws), made(*few) if few[0] else (0, 0), strict=True)
+    each = [max(1, (more - less) // (rows * draws - few[0] * few[1])) for more, less in pairs]
     # A block is alive while its chunks are scored.
     most = memory * 2**20 // 2
     if column.device.type == "cpu":

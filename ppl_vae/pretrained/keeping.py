@@ -18,8 +18,8 @@ from ppl_vae.pretrained.files import FOLDER, Facts, write
 from ppl_vae.pretrained.storing import packed_bytes, unpack
 from ppl_vae.recipes import load
 from ppl_vae.reproduction import record as records
-from ppl_vae.reproduction.scoring import score
 from ppl_vae.reproduction.published import each_figure, find_published
+from ppl_vae.reproduction.scoring import score
 
 ROWS = 500
 """Test rows that are scored before and after storing."""
@@ -91,7 +91,7 @@ def _record_of(fitted: Fitted, path: Path) -> dict[str, Any]:
     record = json.loads(path.read_text("utf-8"))
     if not isinstance(record, dict) or record.get("format") != records.FORMAT:
         raise ValueError(f"{path} is no record of format {records.FORMAT}")
-    for field in ("recipe", "arguments", "seed", "created"):
+    for field in ("recipe", "arguments", "seed", "created", "epochs_done"):
         if record[field] != run[field]:
             raise ValueError(
                 f"{path} is not the record of {fitted.run.folder}: {field} is {record[field]!r} "

@@ -6,7 +6,7 @@ from ppl_vae.data import Dataset, load_data
 from ppl_vae.likelihoods import Bernoulli, Binomial
 from ppl_vae.nn import MLP, GatedMLP
 from ppl_vae.recipes import Experiment
-from ppl_vae.recipes._parts import COMPARED, cooled, two_levels, width, with_vamp
+from ppl_vae.recipes._parts import COMPARED, DECAYED, cooled, two_levels, width, with_vamp
 
 
 def hvae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
@@ -60,7 +60,9 @@ def hvae_vamp_static_mnist(
         latents: size of each level.
         hidden: width of the two gated hidden layers of each net.
     """
-    return with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
+    made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
+    made.fit = cooled(200, 60, **DECAYED)
+    return made
 
 
 def hvae_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:

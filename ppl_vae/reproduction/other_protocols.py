@@ -164,7 +164,7 @@ def semi_supervised() -> Group:
 _BATCH_NORM = "There with batch normalization, which our nets do not have."
 
 _LABELS = {
-    "m2": "Ten draws of the labels there, one a seed here.",
+    "m2": "The published ± is over ten draws of the labels; here each seed draws its own.",
     "m1m2": "Here the classifier pays for inconsistency too, which is no part of the paper.",
     "sdgm": _BATCH_NORM,
     "adgm": _BATCH_NORM,

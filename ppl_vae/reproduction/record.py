@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,6 +61,11 @@ class Reproduction(NamedTuple):
     def path(self, out: Path) -> Path:
         return out / "records" / f"{self.family}-seed-{self.seed}.json"
 
+    def arguments(self) -> dict[str, Any]:
+        """Of the recipe. Which labels are given is drawn anew for each seed."""
+        own = {"label_seed": self.seed} if self.figure.measure == "error" else {}
+        return {**self.figure.arguments, **own}
+
     def options(self) -> dict[str, Any]:
         """Of the fit, which win over the recipe's own."""
         if self.protocol == "recipe":
@@ -86,12 +91,12 @@ def reproduce(
         names: of published figures (see :func:`~ppl_vae.reproduction.published`); none: all whose
             data can be had, those of most worth first.
         out: folder of the runs and the records.
-        protocol: how to optimize. Data, early stopping and evaluation are the paper's either way.
+        protocol: how to optimize. Data, split and evaluation are the same either way.
         seeds: how many, from 0 upwards. On CUDA they are trained at once.
         budget: minutes after which to stop; what is begun then goes on the next time.
         device: "auto", "cpu" or "cuda".
         precision: of fits that are begun, as :func:`ppl_vae.fit` has it; None: the recipe's, or the
-            paper's. Scores are computed in float32 in any case.
+            paper's. Scores are computed in float32, or in float64 for "64-true".
         progress: show a fit's progress.
         say: is told what is done.
 
@@ -116,45 +121,53 @@ def reproduce(
             )
         figures = [figure for figure in figures if figure.paper is not None]
     records: list[dict[str, Any]] = []
-    together = device == "cuda" and seeds > 1
-    with _deadline(budget, say):
-        for batch in [range(seeds)] if together else [[seed] for seed in range(seeds)]:
+    options = {"device": device, "precision": precision, "progress": progress}
+    with _deadline(budget, say) as check_time:
+        for batch in [range(seeds)] if device == "cuda" else [[seed] for seed in range(seeds)]:
             for figure in figures:
                 wanted = [Reproduction(figure, protocol, seed) for seed in batch]
                 try:
-                    options = {"device": device, "precision": precision, "progress": progress}
-                    _fit_missing(wanted, out, options, say)
-                except FileNotFoundError as error:
+                    for some in _groups(wanted, out):
+                        check_time()
+                        _fit(some, out, options, say)
+                        check_time()
+                        records += [_recorded(one, out, device=device, say=say) for one in some]
+                except (OSError, ValueError, FloatingPointError) as error:
                     if names:
                         raise
                     say(f"{figure.name}: passed over, {error}")
-                    continue
-                records += [_recorded(one, out, device=device, say=say) for one in wanted]
     return records
 
 
-def _fit_missing(
-    wanted: Sequence[Reproduction], out: Path, options: dict[str, Any], say: Say
-) -> None:
-    """Fit those without a record: one alone, or all at once."""
+def _groups(wanted: Sequence[Reproduction], out: Path) -> list[list[Reproduction]]:
+    """Which seeds are fitted at once: all, where none is begun or all are; else one by one.
+
+    Labels are drawn anew for each seed, and seeds that are fitted at once share their data.
+    """
+    begun = {one.path(out).exists() or (one.folder(out) / "run.json").exists() for one in wanted}
+    left = any(one.path(out).exists() for one in wanted)
+    if len(wanted) == 1 or len(begun) > 1 or left or wanted[0].figure.measure == "error":
+        return [[one] for one in wanted]
+    return [list(wanted)]
+
+
+def _fit(wanted: Sequence[Reproduction], out: Path, options: Mapping[str, Any], say: Say) -> None:
+    """Fit those without a record, or go on with them: one alone, or all at once."""
+    first, folders = wanted[0], [one.folder(out) for one in wanted]
     if all(one.path(out).exists() for one in wanted):
         return
-    first = wanted[0]
-    folder = first.folder(out) if len(wanted) == 1 else first.folder(out).parent
-    begun = [one.folder(out) for one in wanted if (one.folder(out) / "run.json").exists()]
-    if len(begun) == len(wanted) and all(_finished(each) for each in begun):
-        return
-    # A run begins with a checkpoint: a folder without one is what a kill left of a beginning.
-    if begun and len(begun) == len(wanted):
-        say(f"{first.family}: going on with {folder}")
-        # What run.json has by its name alone; the rest stays as it was begun, precision too.
-        functions = {name: value for name, value in first.options().items() if callable(value)}
-        resume(folder, **functions, **(options | {"precision": None}))
+    folder = folders[0] if len(wanted) == 1 else folders[0].parent
+    if (folders[0] / "run.json").exists():
+        if not all(_finished(each) for each in folders):
+            say(f"{first.family}: going on with {folder}")
+            # What run.json has by its name alone; the rest stays as it was begun, precision too.
+            functions = {name: value for name, value in first.options().items() if callable(value)}
+            resume(folder, **functions, **(options | {"precision": None}))
         return
     say(f"{first.family}: fitting {first.figure.recipe}")
     run_recipe(
         first.figure.recipe,
-        first.figure.arguments,
+        first.arguments(),
         out=folder,
         seed=first.seed,
         seeds=None if len(wanted) == 1 else len(wanted),
@@ -176,7 +189,8 @@ def _recorded(one: Reproduction, out: Path, *, device: str, say: Say) -> dict[st
         write_atomically(path, as_json(record))
         ours, figure = record["figures"][one.figure.measure], one.figure
         against = "" if figure.value is None else f" (published {figure.value:g})"
-        say(f"{one.family}: {ours:.2f}{against}: {record['verdict']}; {path}")
+        shown = "–" if ours is None else f"{ours:.2f}"
+        say(f"{one.family}: {shown}{against}: {record['verdict']}; {path}")
     return json.loads(path.read_text("utf-8"))
 
 
@@ -187,7 +201,12 @@ def made_record(
     assert fitted.run is not None
     figure, run = one.figure, Run.open(fitted.run.folder)
     about = run.record
-    begun, load_before = time.monotonic(), os.getloadavg()[0]
+    if (sha256 := fitted.data.fingerprint()["sha256"]) != about["data"]["sha256"]:
+        raise ValueError(
+            f"{run.folder} was fitted to other data than {fitted.data.name} is now: sha256 "
+            f"{about['data']['sha256'][:12]} then, {sha256[:12]} now"
+        )
+    load_before = os.getloadavg()[0]
     figures = _figures(fitted, figure, run.folder, say)
     return {
         "format": FORMAT,
@@ -201,7 +220,6 @@ def made_record(
             "device": device,
             "threads": torch.get_num_threads(),
             "load": load_before,
-            "seconds": time.monotonic() - begun,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(),
         },
@@ -231,8 +249,8 @@ _OF_RUN = (
 )
 
 
-def verdict(ours: float, figure: Published, error: float = 0.0) -> str:
-    """ "better", "reached" or "worse" than the published figure, or "none published".
+def verdict(ours: float | None, figure: Published, error: float = 0.0) -> str:
+    """ "better", "reached" or "worse" than the published figure, "none published", or "not finite".
 
     Of nats, figures within :data:`MARGIN` are alike. Test rows are the same for both, so that the
     standard error over rows, most of which both have in common, tells nothing. Of errors in
@@ -241,6 +259,8 @@ def verdict(ours: float, figure: Published, error: float = 0.0) -> str:
     Args:
         error: standard error of ours, over seeds, or of a share of rows.
     """
+    if ours is None or not math.isfinite(ours):
+        return "not finite"
     if figure.value is None:
         return "none published"
     least = 0.0 if figure.measure == "error" else MARGIN
@@ -252,8 +272,9 @@ def verdict(ours: float, figure: Published, error: float = 0.0) -> str:
 def _figures(fitted: Fitted, figure: Published, folder: Path, say: Say) -> dict[str, Any]:
     """All figures of the test rows."""
     if figure.measure == "error":
+        begun = time.monotonic()
         found = evaluate(fitted.model, fitted.guide, fitted.data, samples=figure.samples)
-        return finite_or_none(_of_labels(found))
+        return finite_or_none({**_of_labels(found), "seconds": time.monotonic() - begun})
     scores = score(fitted, folder, samples=figure.samples, say=say)
     # Draws of its own, so that the ELBO stands beside a second one.
     found = evaluate(fitted.model, fitted.guide, fitted.data, samples=10, seed=1)
@@ -264,6 +285,7 @@ def _figures(fitted: Fitted, figure: Published, folder: Path, say: Say) -> dict[
             "split": "test",
             "rows": len(evidence),
             "samples": figure.samples,
+            "seconds": float(scores["seconds"].sum()),
             "nll": -float(evidence.mean()),
             "nll_se": _standard_error(evidence),
             "negative_elbo": -float(scores["elbo"].mean()),
@@ -332,24 +354,31 @@ def as_json(value: Any) -> bytes:
 
 
 @contextmanager
-def _deadline(minutes: float | None, say: Say) -> Iterator[None]:
-    """Stops what is done after so many minutes as a Ctrl-C would, which loses nothing."""
-    if minutes is None:
-        yield
-        return
+def _deadline(minutes: float | None, say: Say) -> Iterator[Callable[[], None]]:
+    """Stops what is done after so many minutes as a Ctrl-C would, which loses nothing.
+
+    Gives a function that stops too, once they are over: a fit that had just come to its end when
+    it was interrupted has not stopped.
+    """
     over = threading.Event()
 
     def stop() -> None:
         over.set()
         _thread.interrupt_main()
 
-    timer = threading.Timer(60 * minutes, stop)
-    timer.start()
+    def check() -> None:
+        if over.is_set():
+            raise KeyboardInterrupt
+
+    timer = None if minutes is None else threading.Timer(60 * minutes, stop)
+    if timer is not None:
+        timer.start()
     try:
-        yield
+        yield check
     except KeyboardInterrupt:
         if not over.is_set():
             raise
         say(f"the budget of {minutes:g} minutes is over: the same command goes on")
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()

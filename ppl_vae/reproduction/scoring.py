@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,12 @@ def score(
 
     Returns:
         float64 ``(rows,)`` each: "elbo", "log_evidence" (Burda et al. 2016, arXiv:1509.00519,
-        eq. 8), "pareto_k" and "effective_samples"; in nats per datum.
+        eq. 8), "pareto_k" and "effective_samples", in nats per datum; and the "seconds" that a
+        row took, when it was scored.
     """
     model, guide, held = fitted.model, fitted.guide, fitted.data.split(split)
     chosen = torch.arange(len(held)) if rows is None else torch.tensor(rows)
-    kept = None if folder is None else folder / "scores" / _digest(fitted)
+    kept = None if folder is None else folder / "scores" / _digest(fitted, chosen, seed)
     each = []
     for part in parts(len(chosen), ROWS_AT_ONCE):
         path = None if kept is None else kept / f"{split}-{samples}-{part.start:06d}.npz"
@@ -61,10 +63,12 @@ def score(
             with np.load(path, allow_pickle=False) as found:
                 each.append(dict(found))
             continue
+        begun = time.monotonic()
         with evaluating(seed + part.start, model, guide):
             columns = observed(model, held, chosen[part])
-            drawn = log_weights(model, guide, columns, samples=samples)
-            each.append(_row_scores(drawn))
+            each.append(_row_scores(log_weights(model, guide, columns, samples=samples)))
+        took = time.monotonic() - begun
+        each[-1]["seconds"] = np.full(len(chosen[part]), took / len(chosen[part]))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             written = io.BytesIO()
@@ -86,9 +90,10 @@ def _row_scores(drawn: Tensor) -> dict[str, np.ndarray]:
     return {name: column.numpy() for name, column in found.items()}
 
 
-def _digest(fitted: Fitted) -> str:
-    """Of the weights, so that scores of others are not taken for theirs."""
-    found = hashlib.sha256()
+def _digest(fitted: Fitted, rows: Tensor, seed: int) -> str:
+    """Of weights, data, rows and draws, so that scores of others are not taken for theirs."""
+    found = hashlib.sha256(f"{fitted.data.fingerprint()['sha256']} {seed} ".encode())
+    found.update(rows.numpy().tobytes())
     for name, tensor in sorted(weights(fitted.model, fitted.guide).items()):
         found.update(name.encode())
         found.update(tensor.cpu().contiguous().numpy().tobytes())

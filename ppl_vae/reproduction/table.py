@@ -54,11 +54,12 @@ def markdown(records: Sequence[Record]) -> str:
             "A row without ours is a gap, and the command fills it.",
             "",
             "- *published*: lower is better; ~ stands before a figure that is recalled, not read.",
-            "- *ours*: data, split, early stopping and evaluation as published; the optimization "
-            "is the recipe's, which gets there in fewer epochs. Mean over seeds, and its standard "
-            "error where there are several.",
+            "- *ours*: data, split and evaluation as published, but for what a note says; the "
+            "optimization is the recipe's, which gets there in fewer epochs. Mean over seeds, and "
+            "its standard error where there are several.",
             f"- *verdict*: reached within {MARGIN:g} nats, or within two standard errors over "
-            "seeds (of errors in percent: over test rows); better or worse beyond.",
+            "seeds (of errors in percent: over test rows) and of the published ±, where there is "
+            "one; better or worse beyond.",
             "- *as they did*: the same with the authors' optimization, "
             "`ppl-vae reproduce NAME --protocol paper`.",
             "",

@@ -68,10 +68,33 @@ def test_a_first_layer_sees_rows_once_where_they_meet_particles(kind, bias):
     assert torch.equal(through(net, *alike), net(join(*alike)))
 
 
-def test_other_nets_are_given_what_is_joined():
-    net = nn.Sequential(nn.Linear(7, 3), nn.Tanh())
+class Doubling(MLP):
+    """A perceptron with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Linear(7, 3), nn.Tanh()),
+        Doubling(7, 4, 3),
+        nn.utils.parametrizations.weight_norm(MLP(7, 4, 3)[0]),
+    ],
+)
+def test_other_nets_are_given_what_is_joined(net):
+    net = net.double()
     context = torch.randn(6, 5), torch.randn(50, 6, 2)
     assert torch.equal(through(net, *context), net(join(*context)))
+
+
+def test_context_of_several_dtypes_is_promoted():
+    net = MLP(7, 4, 6).double()
+    labels, z = torch.randint(0, 2, (6, 5)), torch.randn(50, 6, 2)
+    expected = net(join(labels, z))
+    assert torch.equal(through(net, labels, z), expected)
+    assert Normal(net)(labels, z).mean.dtype == torch.float64
 
 
 def test_join_broadcasts_particles_with_rows():

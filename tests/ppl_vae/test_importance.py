@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ def test_memory_and_the_cache_bound_what_is_made_at_once() -> None:
     bytes_a_draw = made.bytes / 16 / 4
     assert one.chunk * bytes_a_draw == pytest.approx(2**20 / 2, rel=0.01)
     assert two.chunk == pytest.approx(2 * one.chunk, abs=1)
-    assert plenty.chunk * bytes_a_draw == pytest.approx(importance.CACHED, rel=0.01)
+    assert plenty.chunk * bytes_a_draw == pytest.approx(importance.CACHED, rel=0.02)
     assert one.block > one.chunk
 
 
@@ -230,7 +231,26 @@ def test_what_is_made_once_for_all_rows_takes_no_share_of_the_chunk() -> None:
             found.append(importance.budget(model, guide, some, samples=50, memory=512))
     plain, wide = found
     assert wide.block == plain.block
-    assert wide.chunk == pytest.approx(plain.chunk, rel=0.2)
+    assert wide.chunk == pytest.approx(plain.chunk, rel=0.05)  # a sum more
+
+
+class Shared(VAE):
+    """A global latent, drawn once a draw, whatever the rows."""
+
+    def forward(
+        self, x: Tensor | None = None, *, n: int | None = None, total: int | None = None
+    ) -> Tensor:
+        pyro.sample("w", dist.Normal(0.0, 1.0).expand([20_000]).to_event(1))
+        return super().forward(x, n=n, total=total)
+
+
+def test_what_is_made_once_a_draw_is_bounded_too() -> None:
+    """By no more draws than if each had but one row."""
+    model, guide = vae(Shared)
+    with evaluating(0, model, guide):
+        some = {"x": model.simulate(4)["x"]}
+        found = importance.budget(model, guide, some, samples=50, memory=512)
+    assert 8 * 20_000 * found.chunk / 4 < importance.CACHED
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,8 @@ def test_without_decay_the_rate_is_held():
 def test_negative_epochs_are_refused():
     with pytest.raises(ValueError, match=r"HoldThenDecay\(hold=-1, decay=2\): expected epochs"):
         HoldThenDecay(-1, 2)
+
+
+def test_epochs_without_a_learning_rate_are_refused(recipe):
+    with pytest.raises(ValueError, match="epochs=6: the learning rate of HoldThenDecay"):
+        run_recipe(recipe, epochs=6, **OPTIONS)
