@@ -298,7 +298,7 @@ def _figures(fitted: Fitted, figure: Published, folder: Path, say: Say) -> dict[
             "pareto_k": {
                 "median": float(np.median(known)) if len(known) else math.nan,
                 "share_above_0.7": float((known > RELIABLE).mean()) if len(known) else math.nan,
-                "rows_without": len(k) - len(known),
+                "rows": len(known),
             },
             "effective_samples": {
                 "median": float(np.median(scores["effective_samples"])),
