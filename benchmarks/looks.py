@@ -65,12 +65,19 @@ class Watch:
         rows: the data, :func:`thinned`.
         due: whether to look at the end of an epoch, of which the first is 1.
         draws: importance draws a row.
+        split: of the rows that are looked at.
     """
 
     def __init__(
-        self, made: Experiment, rows: Dataset, due: Callable[[int], bool], draws: int
+        self,
+        made: Experiment,
+        rows: Dataset,
+        due: Callable[[int], bool],
+        draws: int,
+        split: str = "validation",
     ) -> None:
         self.made, self.rows, self.due, self.draws = made, rows, due, draws
+        self.split = split
         self.curve: list[Look] = []
         self.epoch = 0
         self.clock = Stopwatch()
@@ -79,7 +86,7 @@ class Watch:
         with self.clock.stopped() as seconds:
             self.epoch += 1
             if self.due(self.epoch):
-                look = Look(self.epoch, seconds, self.figures("validation")["nll"])
+                look = Look(self.epoch, seconds, self.figures(self.split)["nll"])
                 self.curve.append(look)
                 print(f"  {look}", file=sys.stderr, flush=True)
 

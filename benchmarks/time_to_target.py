@@ -8,7 +8,8 @@ equal.
 
 On the clock: all that ``fit`` does, compiling and the validation ELBO at the end of each epoch
 included; of Pyro, its steps, and that same validation ELBO by the same function. Off it: the looks
-at the NLL, which is that of every tenth validation row. Test rows are for the end.
+at the NLL of every tenth validation row, or with ``--split test`` of every tenth test row, for a
+target that was published for those: nothing is chosen by what is seen.
 
 One contender runs after the other, so nothing else should run meanwhile; ``load`` tells.
 """
@@ -49,6 +50,7 @@ def measure(
     targets: Sequence[float],
     due: Callable[[int], bool],
     draws: int,
+    split: str = "validation",
 ) -> dict[str, Any]:
     """One contender's figures, in JSON types; it looks at the end of the last epoch too."""
     made = build(recipe, {}, record.SEED)
@@ -57,7 +59,7 @@ def measure(
     epochs = settings["epochs"]
     load, (contender, options) = os.getloadavg()[0], CONTENDERS[name]
     rows = thinned(made.data)
-    watch = Watch(made, rows, lambda epoch: due(epoch) or epoch == epochs, draws)
+    watch = Watch(made, rows, lambda epoch: due(epoch) or epoch == epochs, draws, split)
     found = contender(made, settings, elbo, watch, **options)
     batches = math.ceil(len(made.data.split("train")) / settings["batch_size"])
     reached = {f"{target:g}": first_within(watch.curve, target) for target in targets}
@@ -120,7 +122,8 @@ def show(result: dict[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     said = (
         f"{result['recipe']}: {settings}, {result['elbo']}. NLL: {result['draws']} draws, every "
-        f"{THIN}th row of validation, at the end of test. The validation ELBO is on the clock."
+        f"{THIN}th row of {result['split']}, at the end of test. The validation ELBO is on the "
+        "clock."
     )
     tables = record.table(header, rows), record.table(columns, curves)
     return "\n\n".join([record.heading(result), said, *tables])
@@ -173,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--from", type=_at_least_1, default=1, dest="first", help="the first epoch to look"
     )
     parser.add_argument("--draws", type=_at_least_1, default=500, help="importance draws a row")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--elbo", choices=list(ELBOS), default="Trace_ELBO")
     parser.add_argument("--threads", type=_at_least_1, default=os.cpu_count())
     own = parser.add_argument_group("instead of the recipe's")
@@ -193,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings={name: described(value) for name, value in settings.items()},
         elbo=options.elbo,
         draws=options.draws,
+        split=options.split,
         contenders={},
     )
     with _empty_caches():
@@ -206,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
                 targets=options.targets,
                 due=lambda epoch: epoch >= options.first and epoch % options.every == 0,
                 draws=options.draws,
+                split=options.split,
             )
     record.output(result, show, options)
 

@@ -96,7 +96,9 @@ def test_what_pyro_does_not_do_is_refused():
 
 
 def test_the_command_reports_both(capsys):
-    options = "--recipe vae-digits --targets 1e4,1 --epochs 3 --every 2 --draws 5 --json"
+    options = (
+        "--recipe vae-digits --targets 1e4,1 --epochs 3 --every 2 --draws 5 --split test --json"
+    )
     time_to_target.main([*options.split(), "--threads", str(torch.get_num_threads())])
     result = json.loads(capsys.readouterr().out)
     assert list(result["contenders"]) == ["ours", "pyro"]
@@ -106,4 +108,5 @@ def test_the_command_reports_both(capsys):
         assert figures["reached"] == {"10000": figures["curve"][0], "1": None}
         assert figures["steps"] == 3 * 24
         assert figures["test"]["rows"] == 30
+        assert figures["curve"][-1]["nll"] == figures["test"]["nll"]
     assert "not reached" in time_to_target.show(result)
