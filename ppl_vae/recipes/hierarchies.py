@@ -61,7 +61,7 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
-    made.fit = cooled(200, 60, **DECAYED)
+    made.fit = cooled(120, 160, **DECAYED)
     return made
 
 
