@@ -162,7 +162,7 @@ def _fit(wanted: Sequence[Reproduction], out: Path, options: Mapping[str, Any], 
             say(f"{first.family}: going on with {folder}")
             # What run.json has by its name alone; the rest stays as it was begun, precision too.
             functions = {name: value for name, value in first.options().items() if callable(value)}
-            resume(folder, **functions, **(options | {"precision": None}))
+            resume(folder, **functions, **{**options, "precision": None})
         return
     say(f"{first.family}: fitting {first.figure.recipe}")
     run_recipe(
