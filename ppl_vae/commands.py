@@ -431,8 +431,8 @@ def reproduce_command(
         names: of figures, as README.md has them. Default: all, those of most worth first.
         seeds: how many runs of each, from seed 0 upwards; on CUDA at once.
         budget: minutes after which to stop.
-        protocol: how to optimize: as the recipe says, or as the paper did, which may take days.
-            Data, split and evaluation are the same either way.
+        protocol: how to optimize: as the recipe says, or as the paper did, in up to
+            thousands of epochs. Data, split and evaluation are the same either way.
         device: where to compute.
         precision: of fits; scores are computed in float32 (float64 for 64-true). Default: as
             recipe or paper.

@@ -115,10 +115,6 @@ def with_vamp(made: Experiment, components: int) -> Experiment:
 
     Pseudo-inputs start as in the paper's code, at a grey of 0.05 with little noise.
     """
-    q = (
-        made.guide.conditionals["z2"]
-        if isinstance(made.guide, Factorized)
-        else cast(AmortizedGuide, made.guide).posterior
-    )
+    q = made.guide.conditionals["z2"] if isinstance(made.guide, Factorized) else posterior(made)
     made.model.prior = VampPrior.from_noise(q, width(made.data), components)
     return made

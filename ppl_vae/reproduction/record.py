@@ -40,7 +40,7 @@ Protocol = Literal["recipe", "paper"]
 """How the model is optimized: as its recipe says, or as the paper's authors did."""
 
 MARGIN = 0.3
-"""Nats within which two figures are told apart by nobody: seeds of one fit differ by about 0.1."""
+"""Nats within which two figures count as alike."""
 
 
 class Reproduction(NamedTuple):
