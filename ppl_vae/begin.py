@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
+from ppl_vae.averaging import WeightAverage
 from ppl_vae.batches import composition
 from ppl_vae.data import Dataset
 from ppl_vae.evaluation import check_measurable
@@ -140,6 +141,7 @@ def begin(
         checkpoint_seconds=given["checkpoint_seconds"],
         run=run,
         workers=workers,
+        average=None if given["average"] is None else WeightAverage(model, guide, given["average"]),
     )
 
 
@@ -156,6 +158,7 @@ _SETTINGS = (
     "max_grad_norm",
     "warmup",
     "patience",
+    "average",
     "accumulate",
     "precision",
     "matmul_precision",

@@ -68,6 +68,7 @@ def fit(
     max_grad_norm: float | None = None,
     warmup: float | Schedule = 0,
     patience: int | None = None,
+    average: int | None = None,
     accumulate: int = 1,
     device: str = "auto",
     devices: int = 1,
@@ -115,6 +116,10 @@ def fit(
         warmup: weight of the KL: a number of epochs for a linear warm-up, or a schedule.
         patience: stop after so many epochs without a better validation ELBO, counted from the
             end of the warm-up, and keep the best weights. None: no early stopping.
+        average: validate by, and end with, the means of the weights over the ends of so many last
+            epochs (see :class:`ppl_vae.averaging.WeightAverage`), while steps go on from the
+            weights themselves. Takes the noise of the steps out, as a falling learning rate does.
+            ``elbo``, ``reconstruction`` and ``kl`` are those of the steps. None: no averages.
         accumulate: run each batch in so many parts, one after the other, and add up their
             gradients: less memory, and the same mean where an objective takes each row by itself.
         device: "auto", "cpu" or "cuda".
@@ -264,6 +269,9 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         refuse("seed", "a whole number")
     if given["patience"] is not None and not given["patience"] >= 1:
         refuse("patience", "at least 1, or None")
+    average = given["average"]
+    if average is not None and not (isinstance(average, int) and average >= 1):
+        refuse("average", "a whole number of epochs, at least 1, or None")
     for name in ("learning_rate", "max_grad_norm"):
         value = given[name]
         if name == "max_grad_norm" and value is None:

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ppl_vae.averaging import WeightAverage
 from ppl_vae.batches import Shuffled
 from ppl_vae.checkpoints import Checkpoint, CorruptCheckpoint
 from ppl_vae.data import Rows
@@ -53,6 +54,7 @@ class TrainingLoop:
     checkpoint_seconds: float
     run: Run | None  # the first worker's
     workers: Alone
+    average: WeightAverage | None = None
 
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the current one
@@ -130,6 +132,8 @@ class TrainingLoop:
         self.save()
         if self.best is not None:
             load_weights(self.model, self.guide, self.best)
+        elif self.average is not None:
+            self.average.put()
         self.status("finished")
 
     def pass_epoch(self) -> None:
@@ -168,32 +172,17 @@ class TrainingLoop:
         self.anneal(self.batches - 1)  # an interrupted epoch may have no step left
         self.epoch, self.batch = self.epoch + 1, 0
         self.training.forget()
-        validation_elbo = None
-        if (rows := self.validation) is not None:
-            terms = self.workers.of_first(
-                lambda: mean_elbo(
-                    self.model, self.guide, rows, seed=self.seed, withheld=self.withheld
-                )
-            )
-            validation_elbo = float(terms.elbo)
-            row |= {
-                "validation_elbo": validation_elbo,
-                "validation_reconstruction": float(terms.reconstruction),
-                "validation_kl": float(terms.kl),
-            }
-            if self.epoch >= self.training.ends and validation_elbo > self.best_elbo:
-                self.best_elbo, self.best_epoch = validation_elbo, self.epoch
-                if self.patience is not None:
-                    held = weights(self.model, self.guide)
-                    self.best = {name: tensor.clone() for name, tensor in held.items()}
+        if self.average is not None:
+            self.average.add()
+        with nullcontext() if self.average is None else self.average.in_place():
+            row |= self._validated()
         row |= {
             "weight": self.training.weight,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds,
         }
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            assert validation_elbo is not None
-            self.scheduler.step(validation_elbo)
+            self.scheduler.step(row["validation_elbo"])
         elif self.scheduler is not None:
             self.scheduler.step()
         self.history.append(row)
@@ -201,6 +190,25 @@ class TrainingLoop:
             self.run.log(row)
         self.write(row)
         return row
+
+    def _validated(self) -> dict[str, float]:
+        """Figures of the validation rows; the weights are kept where they are the best."""
+        if (rows := self.validation) is None:
+            return {}
+        terms = self.workers.of_first(
+            lambda: mean_elbo(self.model, self.guide, rows, seed=self.seed, withheld=self.withheld)
+        )
+        elbo = float(terms.elbo)
+        if self.epoch >= self.training.ends and elbo > self.best_elbo:
+            self.best_elbo, self.best_epoch = elbo, self.epoch
+            if self.patience is not None:
+                held = weights(self.model, self.guide)
+                self.best = {name: tensor.clone() for name, tensor in held.items()}
+        return {
+            "validation_elbo": elbo,
+            "validation_reconstruction": float(terms.reconstruction),
+            "validation_kl": float(terms.kl),
+        }
 
     def _out_of_patience(self) -> bool:
         if self.patience is None:
@@ -240,6 +248,8 @@ class TrainingLoop:
         tensors = weights(self.model, self.guide)
         if (own := self.training.state) is not None:
             tensors |= {f"objective.{name}": value for name, value in own.state_dict().items()}
+        if self.average is not None:
+            tensors |= self.average.state()
         optimizer = self.optimizer.state_dict()
         for index, slots in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in slots.items()}
@@ -269,6 +279,8 @@ class TrainingLoop:
         """Go on from a checkpoint, which any number of workers can have left."""
         state, tensors = checkpoint.state, checkpoint.tensors
         load_weights(self.model, self.guide, tensors)
+        if self.average is not None:
+            self.average.restore(tensors, state["epoch"])
         if (own := self.training.state) is not None:
             own.load_state_dict({name: tensors[f"objective.{name}"] for name in own.state_dict()})
         slots: dict[int, dict[str, Tensor]] = {}

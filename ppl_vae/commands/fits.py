@@ -34,6 +34,7 @@ def fit_command(
     max_grad_norm: float | None = None,
     warmup: float | None = None,
     patience: int | None = None,
+    average: int | None = None,
     checkpoint_seconds: float | None = None,
     tensorboard: bool = False,
     quiet: bool = False,
@@ -68,6 +69,7 @@ def fit_command(
         max_grad_norm: longer gradients are shortened to it.
         warmup: epochs over which the KL's weight rises from 0 to 1.
         patience: epochs without a better validation ELBO before stopping.
+        average: validate by, and end with, the means of the weights over so many last epochs.
         checkpoint_seconds: least time between checkpoints.
         tensorboard: write metrics for TensorBoard too.
         quiet: show no progress.
@@ -93,6 +95,7 @@ def fit_command(
         "max_grad_norm": max_grad_norm,
         "warmup": warmup,
         "patience": patience,
+        "average": average,
         "checkpoint_seconds": checkpoint_seconds,
         "tensorboard": tensorboard or None,
         "progress": not quiet,

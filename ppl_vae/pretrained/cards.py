@@ -130,6 +130,7 @@ _FIT = (
     "schedule",
     "warmup",
     "patience",
+    "average",
     "objective",
     "precision",
 )

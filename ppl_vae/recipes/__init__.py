@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppl_vae.averaging import averaged
 from ppl_vae.begin import described
 from ppl_vae.checkpoints import CorruptCheckpoint
 from ppl_vae.data import Dataset, as_dataset
@@ -283,7 +284,7 @@ def load(
     place = torch_device(device)
     model.to(place, dtype)
     guide.to(place, dtype)
-    load_weights(model, guide, checkpoint.tensors)
+    load_weights(model, guide, averaged(checkpoint.tensors))
     return Fitted(model, guide, as_dataset(data), run.metrics(), run)
 
 

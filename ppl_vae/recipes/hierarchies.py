@@ -6,7 +6,7 @@ from ppl_vae.data import Dataset, load_data
 from ppl_vae.likelihoods import Bernoulli, Binomial
 from ppl_vae.nn import MLP, GatedMLP
 from ppl_vae.recipes import Experiment
-from ppl_vae.recipes._parts import COMPARED, DECAYED, cooled, two_levels, width, with_vamp
+from ppl_vae.recipes._parts import COMPARED, DECAYED, cooled, steady, two_levels, width, with_vamp
 
 
 def hvae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
@@ -61,7 +61,7 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
-    made.fit = cooled(120, 160, **DECAYED)
+    made.fit = steady(240, 40, **{**DECAYED, "weight_decay": 0.1})
     return made
 
 

@@ -23,6 +23,7 @@ PAPER = {
     "warmup": 100,
     "patience": 50,
     "schedule": held,
+    "average": 1,  # the last weights themselves; None would stand for the recipe's
     "precision": "32-true",
 }
 

@@ -257,6 +257,8 @@ def test_the_random_state_of_the_caller_is_left_alone(data: dict[str, Tensor]) -
         ({"devices": 0}, "devices=0: expected a whole number of at least 1"),
         ({"num_nodes": 0.5}, "num_nodes=0.5: expected a whole number of at least 1"),
         ({"patience": 0}, "patience=0: expected at least 1"),
+        ({"average": 0}, "average=0: expected a whole number of epochs, at least 1, or None"),
+        ({"average": 2.5}, "average=2.5: expected a whole number of epochs"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: expected a positive number"),
         ({"optimizer": "sgd"}, "optimizer='sgd': expected one of adam, adamw, adamax"),
         ({"schedule": "cosin"}, "schedule='cosin': expected cosine, plateau"),
@@ -410,7 +412,8 @@ def test_the_record_holds_the_settings_as_resolved(data: dict[str, Tensor], tmp_
         "epochs": 3, "batch_size": 40, "labeled_batch": None, "objective": None,
         "optimizer": "adam",
         "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "two_steps",
-        "max_grad_norm": 2.0, "warmup": 0, "patience": None, "precision": "32-true",
+        "max_grad_norm": 2.0, "warmup": 0, "patience": None, "average": None,
+        "precision": "32-true",
             "accumulate": 1, "matmul_precision": None,
         "device": "cpu",
     }  # fmt: skip

@@ -116,6 +116,8 @@ WORSE: dict[str, Any] = {"epochs": 9, "schedule": jump, "patience": 4}
         pytest.param({"schedule": "plateau"}, id="plateau-waiting"),
         pytest.param(WORSE, id="patience"),
         pytest.param(WORSE | {"warmup": 3}, id="patience-warmup"),
+        pytest.param({"average": 2, "schedule": jump}, id="average"),
+        pytest.param(WORSE | {"average": 3}, id="patience-average"),
         pytest.param({"warmup": CyclicalWarmup(3, cycles=2)}, id="cyclical"),
         pytest.param({"binarize": "dynamic"}, id="dynamic"),
         pytest.param({"precision": "64-true", "binarize": "dynamic"}, id="float64"),
