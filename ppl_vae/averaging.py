@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,12 +14,13 @@ PREFIX = "mean."
 
 
 class WeightAverage:
-    """Means of a pair's parameters over the ends of the last epochs.
+    """Running means of a pair's parameters, taken at the end of each epoch.
 
-    Of up to ``window`` epochs the plain mean, as in stochastic weight averaging (Izmailov et al.
-    2018, arXiv:1803.05407, section 3.1); after more, an exponential one, to which the last epoch
-    contributes 1/window. Buffers, such as the statistics of a batch norm, stay those of the last
-    step.
+    Means of weights along a trajectory generalize better than the weights at its end (stochastic
+    weight averaging, Izmailov et al. 2018, arXiv:1803.05407). These are exponential: an epoch
+    moves them by 1/window of the way to its own weights. While a quarter of the epochs is less
+    than the window, it stands in its place, so that the first epochs are soon forgotten. Buffers,
+    such as the statistics of a batch norm, stay those of the last step.
 
     Args:
         window: epochs.
@@ -39,7 +41,7 @@ class WeightAverage:
     def add(self) -> None:
         """Take in the weights as they are now."""
         self.epochs += 1
-        share = 1 / min(self.epochs, self.window)
+        share = 1 / min(self.window, math.ceil(self.epochs / 4))
         for name, parameter in self._parameters.items():
             if name in self._means:
                 self._means[name].lerp_(parameter, share)

@@ -116,9 +116,9 @@ def fit(
         warmup: weight of the KL: a number of epochs for a linear warm-up, or a schedule.
         patience: stop after so many epochs without a better validation ELBO, counted from the
             end of the warm-up, and keep the best weights. None: no early stopping.
-        average: validate by, and end with, the means of the weights over the ends of so many last
-            epochs (see :class:`ppl_vae.averaging.WeightAverage`), while steps go on from the
-            weights themselves. Takes the noise of the steps out, as a falling learning rate does.
+        average: validate by, and end with, running means of the weights over so many last epochs
+            (see :class:`ppl_vae.averaging.WeightAverage`), while steps go on from the weights
+            themselves. Takes the noise of the steps out, as a falling learning rate does.
             ``elbo``, ``reconstruction`` and ``kl`` are those of the steps. None: no averages.
         accumulate: run each batch in so many parts, one after the other, and add up their
             gradients: less memory, and the same mean where an objective takes each row by itself.

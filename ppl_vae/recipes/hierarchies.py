@@ -61,7 +61,7 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
-    made.fit = steady(240, 40, **{**DECAYED, "weight_decay": 0.1})
+    made.fit = steady(200, 30, **{**DECAYED, "weight_decay": 0.1})
     return made
 
 

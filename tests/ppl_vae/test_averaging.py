@@ -66,11 +66,19 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6)
 
 
-def test_up_to_the_window_it_is_the_mean_and_then_exponential() -> None:
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (1, [0.0, 4.0, 6.0, 8.0, 2.0, 1.0, 3.0, 5.0, 10.0, 1.0]),
+        # By 1 of the way for four epochs, by 1/2 for four more, then by 1/3 or what the window is.
+        (2, [0.0, 4.0, 6.0, 8.0, 5.0, 3.0, 3.0, 4.0, 7.0, 4.0]),
+        (9, [0.0, 4.0, 6.0, 8.0, 5.0, 3.0, 3.0, 4.0, 6.0, 13 / 3]),
+    ],
+)
+def test_an_epoch_moves_the_mean_by_its_share(window: int, expected: list[float]) -> None:
     model, guide = nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)
-    average = WeightAverage(model, guide, 3)
-    values = [4.0, 1.0, 7.0, 0.0, -3.0]
-    expected = [4.0, 2.5, 4.0, 4.0 * 2 / 3, (4.0 * 2 / 3) * 2 / 3 - 1.0]
+    average = WeightAverage(model, guide, window)
+    values = [0.0, 4.0, 6.0, 8.0, 2.0, 1.0, 3.0, 5.0, 10.0, 1.0]
     for value, mean in zip(values, expected, strict=True):
         with torch.no_grad():
             model.weight.fill_(value)
@@ -108,11 +116,15 @@ def test_a_checkpoints_averages_take_the_place_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_fit_ends_with_the_mean_of_its_epochs(data: dict[str, Tensor], compile: bool) -> None:
+def test_a_fit_ends_with_the_mean_of_its_last_epochs(
+    data: dict[str, Tensor], compile: bool
+) -> None:
     seen = weights_by_epoch(data, compile=compile)
     assert len(seen) == EPOCHS
-    result = fitted(data, average=EPOCHS, compile=compile)
-    mean = {name: torch.stack([one[name] for one in seen]).mean(0) for name in seen[0]}
+    result = fitted(data, average=2, compile=compile)
+    # Of epoch 4 a quarter, of 5 a quarter, of 6 a half.
+    parts = ((3, 0.25), (4, 0.25), (5, 0.5))
+    mean = {name: torch.stack([p * seen[i][name] for i, p in parts]).sum(0) for name in seen[0]}
     assert_close(held(result), mean)
     assert (mean["guide.encoder.0.weight"] - seen[-1]["guide.encoder.0.weight"]).abs().max() > 1e-3
     rows = result.data.split("validation")
