@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from benchmarks import record
 from benchmarks.agreement import Disagreement
 from benchmarks.looks import Watch
+from ppl_vae.averaging import WeightAverage
 from ppl_vae.batches import Shuffled
 from ppl_vae.evaluation import mean_elbo
 from ppl_vae.fitting import fit
@@ -94,27 +95,42 @@ class _Watched(LRScheduler):
     ELBO, and that is the moment to stop the clock and to look. So ``fit`` runs once and as it is;
     fitting in stages would load, and compile, at each."""
 
-    def __init__(self, schedule: LRScheduler | None, watch: Watch) -> None:
+    def __init__(
+        self, schedule: LRScheduler | None, watch: Watch, average: WeightAverage | None
+    ) -> None:
         # Not the parent's, which would take over the optimizer that ``schedule`` has.
-        self.schedule, self.watch = schedule, watch
+        self.schedule, self.watch, self.average = schedule, watch, average
 
     def step(self, epoch: int | None = None) -> None:
         if self.schedule is not None:
             self.schedule.step()
-        self.watch.end_epoch()
+        if self.average is None:
+            self.watch.end_epoch()
+            return
+        # A copy of what ``fit`` averages for itself, whose cost counts twice.
+        self.average.add()
+        with self.average.in_place():
+            self.watch.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.schedule is None else self.schedule.state_dict()
 
 
 def ours(
-    made: Experiment, settings: Settings, elbo: str, watch: Watch, *, precision: str = "32-true"
+    made: Experiment,
+    settings: Settings,
+    elbo: str,
+    watch: Watch,
+    *,
+    precision: str = "32-true",
+    average: int | None = None,
 ) -> dict[str, float]:
     """Fit by ``ppl_vae.fit``; the seconds of compiling, and of the steps alone."""
     schedule = schedule_of(settings)
+    seen = None if average is None else WeightAverage(made.model, made.guide, average)
 
     def watched(optimizer: torch.optim.Optimizer) -> LRScheduler:
-        return _Watched(None if schedule is None else schedule(optimizer), watch)
+        return _Watched(None if schedule is None else schedule(optimizer), watch, seen)
 
     with tempfile.TemporaryDirectory() as folder:
         fitted = fit(
@@ -125,6 +141,7 @@ def ours(
             objective=ELBOS[elbo](),
             seed=record.SEED,
             precision=precision,
+            average=average,
             device="cpu",
             out=Path(folder) / "run",  # its record says how long compiling took
             checkpoint_seconds=math.inf,  # Pyro's loop saves nothing either

@@ -11,6 +11,9 @@ included; of Pyro, its steps, and that same validation ELBO by the same function
 at the NLL of every tenth validation row, or with ``--split test`` of every tenth test row, for a
 target that was published for those: nothing is chosen by what is seen.
 
+"ours averaged" is the same fit with running means of the weights over ten epochs, at which it is
+looked; Pyro's SVI has none.
+
 One contender runs after the other, so nothing else should run meanwhile; ``load`` tells.
 """
 
@@ -36,6 +39,7 @@ from ppl_vae.recipes import build
 CONTENDERS: dict[str, tuple[Callable[..., dict[str, float]], dict[str, Any]]] = {
     "ours": (ours, {}),
     "ours bf16": (ours, {"precision": "bf16-mixed"}),
+    "ours averaged": (ours, {"average": 10}),
     "pyro": (by_pyro, {}),
     "pyro unvalidated": (by_pyro, {"validated": False}),
 }

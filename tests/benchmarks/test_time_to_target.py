@@ -73,6 +73,18 @@ def test_both_contenders_train_to_the_same_weights():
         assert own.nll == pytest.approx(theirs.nll, rel=1e-6)
 
 
+def test_looks_are_at_the_averages_with_which_the_fit_ends():
+    made, settings = start(ALIKE | {"epochs": 6})
+    looks = watch(made)
+    fits.ours(made, settings, "Trace_ELBO", looks, average=3)
+    ended = looks.figures(looks.split)["nll"]
+    assert looks.curve[-1].nll == pytest.approx(ended, rel=1e-6)
+    plain, settings = start(ALIKE | {"epochs": 6})
+    looks = watch(plain)
+    fits.ours(plain, settings, "Trace_ELBO", looks)
+    assert looks.curve[-1].nll != pytest.approx(ended, rel=1e-4)
+
+
 @pytest.mark.parametrize("validated", [True, False])
 def test_pyro_validates_as_it_comes(validated, monkeypatch):
     seen = set()
