@@ -16,11 +16,11 @@ PREFIX = "mean."
 class WeightAverage:
     """Running means of a pair's parameters, taken at the end of each epoch.
 
-    Means of weights along a trajectory generalize better than the weights at its end (stochastic
-    weight averaging, Izmailov et al. 2018, arXiv:1803.05407). These are exponential: an epoch
-    moves them by 1/window of the way to its own weights. While a quarter of the epochs is less
-    than the window, it stands in its place, so that the first epochs are soon forgotten. Buffers,
-    such as the statistics of a batch norm, stay those of the last step.
+    Means of weights along a trajectory can generalize better than the weights at its end
+    (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407). These are exponential:
+    an epoch moves them by 1/window of the way to its own weights. While a quarter of the epochs is
+    less than the window, it stands in its place, so that the first epochs are soon forgotten.
+    Buffers, such as the statistics of a batch norm, stay those of the last step.
 
     Args:
         window: epochs.

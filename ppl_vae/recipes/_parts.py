@@ -45,18 +45,6 @@ def cooled(hold: int, decay: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def steady(epochs: int, average: int, **more: Any) -> dict[str, Any]:
-    """Settings of a fit at a constant learning rate, whose noise is averaged away."""
-    return {
-        "epochs": epochs,
-        "average": average,
-        "learning_rate": 1e-3,
-        "warmup": 30,
-        "patience": 100,
-        **more,
-    }
-
-
 DECAYED: dict[str, Any] = {
     "batch_size": 200,
     "learning_rate": 1.5e-3,

@@ -19,6 +19,8 @@ def held(optimizer: Optimizer) -> LambdaLR:
 PAPER = {
     "epochs": 2000,
     "batch_size": 100,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
     "learning_rate": 5e-4,
     "warmup": 100,
     "patience": 50,
@@ -40,8 +42,8 @@ _NETS = (
 
 _MEET = (
     "The two inputs of q(z1 | x, z2), and those of p(x | z2, z1), meet in our first layer, of 300 "
-    "units; in the authors' code each has a layer of 300 of its own before. So in the other "
-    "tables of this protocol."
+    "units; in the authors' code each has a layer of 300 of its own before. So it is of hvae-vamp "
+    "and in the other tables of this protocol; conv-hvae has the authors' layers."
 )
 
 
