@@ -93,8 +93,13 @@ def test_more_draws_are_better(pattern: str) -> None:
     assert one > five > fifty > one - 3
 
 
-@pytest.mark.slow
-@each
+@pytest.mark.parametrize(
+    ("group", "figure"),
+    [
+        pytest.param(*known, marks=[] if "static" in name else pytest.mark.slow, id=name)
+        for name, known in FIGURES.items()
+    ],
+)
 def test_the_recipe_builds_where_its_data_are(group: Group, figure: Published) -> None:
     if not figure.recipe.endswith("digits") and not data_home().is_dir():
         pytest.skip(f"needs data in {data_home()}; set PPL_VAE_DATA")
