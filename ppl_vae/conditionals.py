@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from ppl_vae.nn import MLP, Gated, GatedMLP
+from ppl_vae.nn import MLP, Branches, Gated, GatedMLP
 
 
 class Conditional(nn.Module, ABC):
@@ -74,30 +74,32 @@ def join(*context: Tensor) -> Tensor:
 
 
 def through(net: nn.Module, *context: Tensor) -> Tensor:
-    """``net(join(*context))``; where particles of one meet plain rows of another, a perceptron's
-    first layer sees the rows once, not once a particle.
+    """``net(join(*context))``; where particles of one meet plain rows of another, the first layers
+    see the rows once, not once a particle.
 
-    Most of the work of q(z1 | x, z2) with many draws is the first layer's: x is wide, and the same
+    Most of the work of q(z1 | x, z2) with many draws is the first layers': x is wide, and the same
     for all of them. Figures are the same up to rounding.
     """
-    layers = list(cast(nn.Sequential, net)) if type(net) in (MLP, GatedMLP) else []
-    first = layers[0] if layers else None
-    linear = first.linear if isinstance(first, Gated) else first
     apart = len({part.shape[:-1] for part in context}) > 1
     of_one_dtype = len({part.dtype for part in context}) == 1
     # Of these very classes: a subclass, or a layer with a parametrization, has its own forward.
-    if not (apart and of_one_dtype and type(linear) is nn.Linear):
-        return net(join(*context))
-    columns = linear.weight.split([part.shape[-1] for part in context], 1)
-    parts = sorted(zip(context, columns, strict=True), key=lambda part: part[0].shape[:-1].numel())
-    hidden = nn.functional.linear(*parts[0], linear.bias)
-    for part, own in parts[1:]:
-        hidden = hidden + part @ own.T
-    if isinstance(first, Gated):
-        hidden = nn.functional.glu(hidden)
-    for layer in layers[1:]:
-        hidden = layer(hidden)
-    return hidden
+    kind = type(net) if apart and of_one_dtype else None
+    if kind in (nn.Sequential, MLP, GatedMLP) and len(cast(nn.Sequential, net)):
+        first, *rest = cast(nn.Sequential, net)
+        return reduce(lambda hidden, layer: layer(hidden), rest, through(first, *context))
+    if kind is Branches and cast(Branches, net).parts == [part.shape[-1] for part in context]:
+        branches = cast(Branches, net).nets
+        return join(*(branch(part) for branch, part in zip(branches, context, strict=True)))
+    if kind is Gated:
+        return nn.functional.glu(through(cast(Gated, net).linear, *context))
+    if kind is nn.Linear:
+        linear = cast(nn.Linear, net)
+        columns = linear.weight.split([part.shape[-1] for part in context], 1)
+        parts = zip(context, columns, strict=True)
+        first, *others = sorted(parts, key=lambda part: part[0].shape[:-1].numel())
+        hidden = nn.functional.linear(*first, linear.bias)
+        return reduce(lambda hidden, part: hidden + part[0] @ part[1].T, others, hidden)
+    return net(join(*context))
 
 
 def positive(unconstrained: Tensor) -> Tensor:

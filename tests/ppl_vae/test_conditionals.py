@@ -18,7 +18,7 @@ from ppl_vae.conditionals import (
     through,
     unconstrain,
 )
-from ppl_vae.nn import MLP, GatedMLP
+from ppl_vae.nn import MLP, Branches, Gated, GatedMLP
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -68,6 +68,21 @@ def test_a_first_layer_sees_rows_once_where_they_meet_particles(kind, bias):
     assert torch.equal(through(net, *alike), net(join(*alike)))
 
 
+def test_a_branch_of_rows_sees_them_once():
+    rows, particles = torch.randn(6, 5), torch.randn(50, 6, 2)
+    net = nn.Sequential(Branches(Gated(5, 4), MLP(2, 3)), GatedMLP(7, 8, 2)).double()
+    expected = net(join(rows, particles))
+    with FlopCounterMode(display=False) as together:
+        net(join(rows, particles))
+    with FlopCounterMode(display=False) as apart:
+        torch.testing.assert_close(through(net, rows, particles), expected)
+    saved = together.get_total_flops() - apart.get_total_flops()
+    assert saved == 2 * 49 * 6 * 5 * 8
+    # Branches that part what comes in elsewhere.
+    net = Branches(Gated(3, 4), MLP(4, 3)).double()
+    assert torch.equal(through(net, rows, particles), net(join(rows, particles)))
+
+
 class Doubling(MLP):
     """A perceptron with a forward of its own."""
 
@@ -78,7 +93,8 @@ class Doubling(MLP):
 @pytest.mark.parametrize(
     "net",
     [
-        nn.Sequential(nn.Linear(7, 3), nn.Tanh()),
+        nn.Sequential(),
+        nn.LayerNorm(7),
         Doubling(7, 4, 3),
         nn.utils.parametrizations.weight_norm(MLP(7, 4, 3)[0]),
     ],
