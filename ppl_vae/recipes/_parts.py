@@ -16,7 +16,7 @@ from ppl_vae.likelihoods import Bernoulli, Binomial
 from ppl_vae.mixtures import VampPrior
 from ppl_vae.models.hierarchy import Hierarchy
 from ppl_vae.models.vae import VAE
-from ppl_vae.nn import MLP, GatedMLP
+from ppl_vae.nn import MLP, Gated, GatedMLP
 from ppl_vae.priors import StandardNormal
 from ppl_vae.recipes import Experiment
 from ppl_vae.schedules import HoldThenDecay
@@ -85,7 +85,9 @@ def gated(data: Dataset, latents: int, hidden: int, guide: Guide = MeanField) ->
     pixels = width(data)
     likelihood = Bernoulli(GatedMLP(latents, hidden, hidden, pixels))
     model = VAE(StandardNormal(latents), likelihood)
-    made = guide(model, GatedMLP(pixels, hidden, hidden), example(data))
+    # Not a GatedMLP, whose last layer is linear: the guide's heads are linear themselves.
+    encoder = nn.Sequential(Gated(pixels, hidden), Gated(hidden, hidden))
+    made = guide(model, encoder, example(data))
     fit = {"epochs": 500, "patience": 50, "learning_rate": 1e-3, "warmup": 10}
     return Experiment(model, made, data, fit)
 

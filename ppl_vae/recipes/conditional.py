@@ -96,7 +96,8 @@ def _conditional(
     bits = data.binarization == "static"
     likelihood = Bernoulli(decoder) if bits else Binomial(decoder, total_count=16)
     model = ConditionalVAE(Normal(MLP(c, hidden, 2 * latents)), likelihood)
-    guide = MeanField(model, MLP(x + c, hidden, hidden), x=batch["x"], c=batch["c"])
+    encoder = nn.Sequential(MLP(x + c, hidden, hidden), nn.ReLU())  # the guide's heads are linear
+    guide = MeanField(model, encoder, x=batch["x"], c=batch["c"])
     return Experiment(model, guide, data, fit)
 
 

@@ -107,7 +107,7 @@ def categorical_digits(
         variables: N, how many of them.
         classes: K, of each.
         temperature: of "relaxed" and "straight-through".
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     data = load_data("digits")
     pixels = width(data)

@@ -39,7 +39,7 @@ def flow_digits(
         flow: its family; "none" for a diagonal normal.
         layers: how many maps follow one another.
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     return digits(latents, hidden, flow_guide(flow, layers))
 

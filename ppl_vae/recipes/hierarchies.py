@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ppl_vae.data import Dataset, load_data
 from ppl_vae.likelihoods import Bernoulli, Binomial
-from ppl_vae.nn import MLP, GatedMLP
+from ppl_vae.nn import MLP, Branches, Gated, GatedMLP
 from ppl_vae.recipes import Experiment
 from ppl_vae.recipes._parts import COMPARED, DECAYED, cooled, two_levels, width, with_vamp
 
@@ -43,7 +45,8 @@ def hvae_static_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
         hidden: width of the two gated hidden layers of each net.
     """
     made = _hvae(load_data("static_mnist"), latents, hidden)
-    made.fit = cooled(80, 20)
+    made.fit = cooled(100, 30, **DECAYED)
+    made.fit["weight_decay"] = 0.1
     return made
 
 
@@ -61,8 +64,7 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
-    # At a constant rate, whose noise is averaged away.
-    made.fit = {"epochs": 200, "average": 30, "warmup": 30, "patience": 100, **DECAYED}
+    made.fit = cooled(150, 50, average=10, **DECAYED)
     made.fit["weight_decay"] = 0.1
     return made
 
@@ -194,10 +196,17 @@ def _hvae(data: Dataset, latents: int, hidden: int) -> Experiment:
     made = two_levels(
         data,
         latents,
-        Bernoulli(GatedMLP(2 * latents, hidden, hidden, pixels)),
+        Bernoulli(_meeting(latents, latents, hidden, pixels)),
         middle=GatedMLP(latents, hidden, hidden, 2 * latents),
         top=GatedMLP(pixels, hidden, hidden, 2 * latents),
-        below=GatedMLP(pixels + latents, hidden, hidden, 2 * latents),
+        below=_meeting(pixels, latents, hidden, 2 * latents),
     )
     made.fit = {"epochs": 500, "patience": 50, "learning_rate": 1e-3, "warmup": 10}
     return made
+
+
+def _meeting(one: int, other: int, hidden: int, outputs: int) -> nn.Module:
+    """Two gated layers, of which either input has a first one of its own, as in the authors' code;
+    then a linear one."""
+    both = Branches(Gated(one, hidden), Gated(other, hidden))
+    return nn.Sequential(both, GatedMLP(both.outputs, hidden, outputs))

@@ -10,7 +10,7 @@ from ppl_vae.data import load_data
 from ppl_vae.guides.mean_field import MeanField
 from ppl_vae.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture
 from ppl_vae.models.vae import VAE
-from ppl_vae.nn import GatedMLP, Rescaled
+from ppl_vae.nn import Gated, GatedMLP, Rescaled
 from ppl_vae.priors import StandardNormal
 from ppl_vae.recipes import Experiment
 from ppl_vae.recipes._parts import example, width
@@ -55,7 +55,8 @@ def _levels(name: str, latents: int, hidden: int, components: int) -> Experiment
         else DiscretizedLogisticMixture(decoder, components)
     )
     model = VAE(StandardNormal(latents), likelihood)
-    encoder = nn.Sequential(Rescaled(pixels, 255.0), GatedMLP(pixels, hidden, hidden))
+    scaled = Rescaled(pixels, 255.0)
+    encoder = nn.Sequential(scaled, Gated(pixels, hidden), Gated(hidden, hidden))
     guide = MeanField(model, encoder, example(data))
     fit = {"epochs": 500, "patience": 50, "learning_rate": 5e-4, "warmup": 10}
     return Experiment(model, guide, data, fit)

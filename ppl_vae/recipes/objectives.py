@@ -34,7 +34,7 @@ def iwae_digits(
         draws: K, of z for each row.
         dreg: take the doubly reparameterized gradient (Tucker et al. 2019, arXiv:1810.04152).
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     made = digits(latents, hidden)
     made.fit |= {"objective": (DReG if dreg else IWAE)(draws)}
@@ -49,7 +49,7 @@ def free_bits_digits(*, nats: float = 0.5, latents: int = 10, hidden: int = 128)
     Args:
         nats: of each latent that cost nothing.
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     made = digits(latents, hidden)
     made.fit |= {"objective": FreeBits(nats), "warmup": 0}

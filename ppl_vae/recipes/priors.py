@@ -23,7 +23,7 @@ def vamp_digits(*, components: int = 50, latents: int = 10, hidden: int = 128) -
     Args:
         components: number of pseudo-inputs.
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     made = digits(latents, hidden)
     rows = example(made.data, len(made.data.split("train")))
@@ -44,7 +44,7 @@ def mixture_prior_digits(
     Args:
         components: of the mixture.
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     made = digits(latents, hidden)
     made.model.prior = MixtureOfGaussians(latents, components)
@@ -68,7 +68,7 @@ def flow_prior_digits(
             normals.
         layers: how many maps of a flow follow one another.
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     made = digits(latents, hidden)
     if prior == "made":

@@ -22,7 +22,7 @@ def vae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
 
     Args:
         latents: size of z.
-        hidden: width of the two hidden layers of encoder and decoder.
+        hidden: width of the decoder's two hidden layers, and of the encoder's one and its features.
     """
     made = digits(latents, hidden)
     made.fit = {"epochs": 60, "batch_size": 50, "learning_rate": 2e-3, "warmup": 10}
