@@ -158,8 +158,8 @@ figure
 # and how far depends on the guide. So two NLLs can be compared only if they took as many draws, and
 # ELBOs may rank models in another way. A tenth of a nat of a hundred digits says nothing, though:
 # of all test digits, by 5,000 draws, the two levels have 84.68 and the VampPrior 84.51. No curve is
-# flat yet: of a thousand draws, 11 to 17 do all the work (the median over digits), and `pareto_k` in
-# what `score` returns says of which rows the estimate is not to be relied on.
+# flat yet: of a thousand draws, 11 to 17 do all the work (the median over digits), and `pareto_k`
+# in what `score` returns says of which rows the estimate is not to be relied on.
 #
 # ## What is missing
 #
@@ -188,7 +188,8 @@ plots.image_grid(
 # Where the upper half leaves a choice, the chains choose differently: a thick 9 becomes a 0 in one
 # of them and a 4 in another, and a 2 is round below or has a foot. Most are digits that the model
 # can believe, but the shares of such choices cannot be read off: seven proposals in a hundred are
-# accepted, and an R-hat of 1.4 says that the chains have not met. [Tutorial 10](10_can_i_believe_my_guide.py) goes on from there.
+# accepted, and an R-hat of 1.4 says that the chains have not met.
+# [Tutorial 10](10_can_i_believe_my_guide.py) goes on from there.
 #
 # ## Going on
 #
