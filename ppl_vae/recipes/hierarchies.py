@@ -45,8 +45,7 @@ def hvae_static_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
         hidden: width of the two gated hidden layers of each net.
     """
     made = _hvae(load_data("static_mnist"), latents, hidden)
-    made.fit = cooled(100, 30, **DECAYED)
-    made.fit["weight_decay"] = 0.1
+    made.fit = cooled(100, 30, **DECAYED | {"weight_decay": 0.1})
     return made
 
 
@@ -64,8 +63,7 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
-    made.fit = cooled(150, 50, average=10, **DECAYED)
-    made.fit["weight_decay"] = 0.1
+    made.fit = cooled(150, 50, average=10, **DECAYED | {"weight_decay": 0.1})
     return made
 
 

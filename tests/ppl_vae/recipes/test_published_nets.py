@@ -16,7 +16,7 @@ from ppl_vae.data.dataset import Dataset
 from ppl_vae.data.stand_ins import standing_in
 from ppl_vae.recipes import build
 
-BITS = {"x": torch.randint(0, 2, (8, 784), dtype=torch.uint8), "y": torch.zeros(8).long()}
+BITS = {"x": torch.zeros(8, 784, dtype=torch.uint8), "y": torch.zeros(8).long()}
 STATIC = Dataset(
     "static_mnist",
     {"train": BITS, "validation": BITS, "test": BITS},
