@@ -159,6 +159,7 @@ _SETTINGS = (
     "warmup",
     "patience",
     "average",
+    "augment",
     "accumulate",
     "precision",
     "matmul_precision",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl_vae.augmentation import Augmentation
 from ppl_vae.data import Rows
 from ppl_vae.model import GenerativeModel
 
@@ -22,6 +23,7 @@ class _Rows:
         rows: of the training split.
         device, dtype: of the model.
         labeled: how many rows of a batch have labels, the first ones; None: all.
+        augment: changes `x`, as images of ``image_shape``.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class _Rows:
         device: torch.device,
         dtype: torch.dtype,
         labeled: int | None = None,
+        augment: Augmentation | None = None,
+        image_shape: tuple[int, int, int] | None = None,
     ) -> None:
         self._model, self._rows = model, self._placed(rows, device)
         self._device, self._dtype = device, dtype
@@ -38,6 +42,13 @@ class _Rows:
         self._sizes = {"total": len(rows)}
         if labeled is not None and known is not None:
             self._sizes["labeled"] = len(known)
+        self._augment, self._image_shape = augment, image_shape
+        self._share = torch.zeros((), device=device)  # in a tensor, which a recorded step follows
+
+    def at(self, epoch: float) -> None:
+        """Take up the point of training, in epochs from its start (fractions count)."""
+        if self._augment is not None:
+            self._share.fill_(self._augment.at(epoch))
 
     def _placed(self, rows: Rows, device: torch.device) -> Rows:
         """The rows, where they are to lie."""
@@ -45,6 +56,10 @@ class _Rows:
 
     def _arguments(self, batch: dict[str, Tensor]) -> Feed:
         columns = self._model.observed(batch)
+        if self._augment is not None and self._image_shape is not None:
+            x = columns["x"]
+            images = self._augment(x.reshape(len(x), *self._image_shape), self._share)
+            columns["x"] = images.reshape(x.shape)
         if self._labeled is not None:
             columns["y"] = columns["y"][: self._labeled]
         return {**columns, **self._sizes}
@@ -123,10 +138,11 @@ def feed_for(
     device: torch.device,
     dtype: torch.dtype,
     labeled: int | None = None,
+    **augmentation: Any,
 ) -> Resident | Streamed:
     """The feed for training rows: resident where they fit the device's memory."""
     if device.type == "cuda":
         size = sum(value.numel() * value.element_size() for value in rows.stored.values())
         if size > ROOM * torch.cuda.mem_get_info(device)[0]:
-            return Streamed(model, rows, device, dtype, labeled)
-    return Resident(model, rows, device, dtype, labeled)
+            return Streamed(model, rows, device, dtype, labeled, **augmentation)
+    return Resident(model, rows, device, dtype, labeled, **augmentation)

@@ -17,6 +17,7 @@ from pyro.infer import RenyiELBO, ReweightedWakeSleep
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ppl_vae.augmentation import Augmentation
 from ppl_vae.batches import composition, known_columns
 from ppl_vae.begin import OPTIMIZERS, begin
 from ppl_vae.data import Dataset, as_dataset
@@ -69,6 +70,7 @@ def fit(
     warmup: float | Schedule = 0,
     patience: int | None = None,
     average: int | None = None,
+    augment: Augmentation | None = None,
     accumulate: int = 1,
     device: str = "auto",
     devices: int = 1,
@@ -120,6 +122,9 @@ def fit(
             (see :class:`ppl_vae.averaging.WeightAverage`), while steps go on from the weights
             themselves. Takes the noise of the steps out, as a falling learning rate does.
             ``elbo``, ``reconstruction`` and ``kl`` are those of the steps. None: no averages.
+        augment: changes the images of the training rows, ``x``, anew in each batch, such as
+            :class:`ppl_vae.augmentation.Shifts`; validation has the rows as they are. ``elbo``,
+            ``reconstruction`` and ``kl`` are those of the changed rows.
         accumulate: run each batch in so many parts, one after the other, and add up their
             gradients: less memory, and the same mean where an objective takes each row by itself.
         device: "auto", "cpu" or "cuda".
@@ -155,7 +160,8 @@ def fit(
         ValueError: an argument out of its range; the sentence names it and what was expected. An
             objective that weighs draws by importance (Pyro's do so over the whole batch). Several
             workers, where labels are withheld from some rows; a class none of whose rows has a
-            label. A run to resume that has other data, seed or settings.
+            label. ``augment`` where rows are no images, or the model observes more than ``x`` and
+            ``y``. A run to resume that has other data, seed or settings.
         PairError: guide or data do not fit the model.
         NonFiniteLoss: the loss became NaN or infinite; names the site. The last good checkpoint
             is kept.
@@ -186,6 +192,8 @@ def fit(
     validation = dataset.split("validation") if "validation" in dataset.splits else None
     if validation is None and (patience is not None or schedule == "plateau"):
         raise ValueError(f"patience and plateau need a validation split; {dataset.name} has none")
+    if augment is not None:
+        _check_images(model, dataset)
     labeled = composition(model, rows, batch_size, labeled_batch, seed).labeled
     if labeled is not None and workers.count > 1:
         raise ValueError(
@@ -206,7 +214,15 @@ def fit(
         if matmul_precision is not None:
             stack.enter_context(_matmul_precision(matmul_precision))
         torch.manual_seed(seed)
-        feed = feed_for(model, rows, fabric.device, dtype, labeled)
+        feed = feed_for(
+            model,
+            rows,
+            fabric.device,
+            dtype,
+            labeled,
+            augment=augment,
+            image_shape=dataset.image_shape,
+        )
         loops = [
             begin(
                 *pair,
@@ -304,6 +320,18 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         )
     if given["resume"] and given["out"] is None:
         raise ValueError("resume=True: give out=, the folder of the run to go on with")
+
+
+def _check_images(model: GenerativeModel, dataset: Dataset) -> None:
+    """Refuse an augmentation of data that it does not suit."""
+    columns = set(model.observed(dataset.split("train").batch(slice(0, 1))))
+    if dataset.image_shape is None or "x" not in columns:
+        raise ValueError(f"augment: expected images in column x; {dataset.name} has none")
+    if more := sorted(columns - {"x", "y"}):
+        raise ValueError(
+            f"augment changes x alone, and {type(model).__name__} observes {', '.join(more)} too, "
+            "which would no longer belong to it"
+        )
 
 
 def _own_objective(settings: Mapping[str, Any]) -> dict[str, Any]:

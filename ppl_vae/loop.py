@@ -116,9 +116,11 @@ class TrainingLoop:
         return [self.workers.step(self.svi, batch) for batch in batches]
 
     def anneal(self, batch: int | None = None) -> None:
-        """Set the objective for the step to come, or for another one of the epoch."""
+        """Set objective and feed for the step to come, or for another one of the epoch."""
         batch = self.batch if batch is None else batch
-        self.training.at(self.epoch + batch / self.batches)
+        epoch = self.epoch + batch / self.batches
+        self.training.at(epoch)
+        self.feed.at(epoch)
 
     def taken(self, loss: Any) -> None:
         """Note a step and its loss."""

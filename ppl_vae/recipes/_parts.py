@@ -112,6 +112,17 @@ def two_levels(
     return Experiment(model, guide, data)
 
 
+def he_initialized(made: Experiment) -> Experiment:
+    """With weights drawn anew, normal of variance 2 / inputs (He et al. 2015, arXiv:1502.01852, eq.
+    10), as in the VampPrior paper's code: six times the variance that PyTorch starts linear layers
+    with."""
+    for module in (made.model, made.guide):
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+    return made
+
+
 def with_vamp(made: Experiment, components: int) -> Experiment:
     """With a VampPrior on the only latent, or on the top one of two.
 

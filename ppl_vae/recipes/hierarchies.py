@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
+from ppl_vae.augmentation import Shifts
 from ppl_vae.data import Dataset, load_data
 from ppl_vae.likelihoods import Bernoulli, Binomial
 from ppl_vae.nn import MLP, Branches, Gated, GatedMLP
 from ppl_vae.recipes import Experiment
-from ppl_vae.recipes._parts import COMPARED, DECAYED, cooled, two_levels, width, with_vamp
+from ppl_vae.recipes._parts import (
+    COMPARED,
+    DECAYED,
+    cooled,
+    he_initialized,
+    two_levels,
+    width,
+    with_vamp,
+)
 
 
 def hvae_digits(*, latents: int = 10, hidden: int = 128) -> Experiment:
@@ -62,8 +71,10 @@ def hvae_vamp_static_mnist(
         latents: size of each level.
         hidden: width of the two gated hidden layers of each net.
     """
-    made = with_vamp(_hvae(load_data("static_mnist"), latents, hidden), components)
-    made.fit = cooled(150, 50, average=10, **DECAYED | {"weight_decay": 0.1})
+    made = he_initialized(_hvae(load_data("static_mnist"), latents, hidden))
+    made.fit = cooled(120, 80, **DECAYED | {"weight_decay": 0.1, "warmup": 100})
+    made.fit["augment"] = Shifts(epochs=185)
+    return with_vamp(made, components)
     return made
 
 
