@@ -57,7 +57,9 @@ def vae_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
         latents: size of z.
         hidden: width of the two gated hidden layers of encoder and decoder.
     """
-    return gated(load_data("mnist", binarize="dynamic"), latents, hidden)
+    made = gated(load_data("mnist", binarize="dynamic"), latents, hidden)
+    made.fit = cooled(160, 50)
+    return made
 
 
 def vae_fashion(*, latents: int = 40, hidden: int = 300) -> Experiment:

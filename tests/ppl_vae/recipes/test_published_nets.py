@@ -6,6 +6,7 @@ arXiv:1705.07120, section 5.1, and its code): a gated layer has two matrices, an
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -59,3 +60,21 @@ def test_weights_are_as_many_as_the_authors(recipe: str, size: int) -> None:
         made = build(recipe, {}, seed=0)
     learned = nn.ModuleList([made.model, made.guide]).parameters()  # each once, shared or not
     assert sum(weight.numel() for weight in learned) == size
+
+
+def test_two_levels_with_a_vamp_prior_start_as_the_authors_do() -> None:
+    """Weights have variance 2 / inputs, where PyTorch's own would have a sixth of that."""
+    with standing_in({"static_mnist": STATIC}):
+        made = build("hvae-vamp-static-mnist", {}, seed=0)
+    layers = [
+        layer
+        for layer in nn.ModuleList([made.model, made.guide]).modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    assert len(layers) > 10
+    for layer in layers:
+        error = math.sqrt(2 / layer.weight.numel())  # relative, of a normal sample's variance
+        expected = pytest.approx(2 / layer.in_features, rel=5 * error)
+        assert layer.weight.var(correction=0).item() == expected
+        assert layer.bias.abs().max() <= layer.in_features**-0.5
+    assert made.model.prior.pseudo_inputs.mean().item() == pytest.approx(0.05, abs=1e-3)
