@@ -288,6 +288,9 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     average = given["average"]
     if average is not None and not (isinstance(average, int) and average >= 1):
         refuse("average", "a whole number of epochs, at least 1, or None")
+    augment = given["augment"]
+    if augment is not None and not (callable(augment) and hasattr(augment, "at")):
+        refuse("augment", "an augmentation, such as ppl_vae.augmentation.Shifts(), or None")
     for name in ("learning_rate", "max_grad_norm"):
         value = given[name]
         if name == "max_grad_norm" and value is None:

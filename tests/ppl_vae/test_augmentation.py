@@ -190,6 +190,11 @@ def test_replicas_train_on_changed_rows(data: Dataset) -> None:
         assert_same(blank, of_zeros)
 
 
+def test_what_is_no_augmentation_is_refused(data: Dataset) -> None:
+    with pytest.raises(ValueError, match="augment='shifts': expected an augmentation, such as"):
+        fitted(data, augment="shifts")
+
+
 def test_data_that_are_no_images_are_refused(data: Dataset) -> None:
     with pytest.raises(ValueError, match="augment: expected images in column x; bits has none"):
         fitted(replace(data, image_shape=None), augment=Shifts())
