@@ -64,7 +64,8 @@ def hvae_vamp_static_mnist(
     """Two levels of latents for static MNIST with a VampPrior on the top one.
 
     Tomczak & Welling 2018 (arXiv:1705.07120), table 1: NLL 83.19 nats, by 5000 importance samples;
-    protocol as in vae-static-mnist, K 500. No settings that we tried have reached it.
+    protocol as in vae-static-mnist, K 500. Trained on images moved by up to a pixel, but for the
+    last epochs: otherwise the decoder learns the training bits by heart.
 
     Args:
         components: number of pseudo-inputs.
@@ -72,10 +73,9 @@ def hvae_vamp_static_mnist(
         hidden: width of the two gated hidden layers of each net.
     """
     made = he_initialized(_hvae(load_data("static_mnist"), latents, hidden))
-    made.fit = cooled(120, 80, **DECAYED | {"weight_decay": 0.1, "warmup": 100})
-    made.fit["augment"] = Shifts(epochs=185)
+    settings = {"weight_decay": 0.1, "warmup": 100, "augment": Shifts(epochs=185)}
+    made.fit = cooled(120, 80, **DECAYED | settings)
     return with_vamp(made, components)
-    return made
 
 
 def hvae_mnist(*, latents: int = 40, hidden: int = 300) -> Experiment:
