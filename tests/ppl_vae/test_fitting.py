@@ -412,7 +412,7 @@ def test_the_record_holds_the_settings_as_resolved(data: dict[str, Tensor], tmp_
         "epochs": 3, "batch_size": 40, "labeled_batch": None, "objective": None,
         "optimizer": "adam",
         "learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "two_steps",
-        "max_grad_norm": 2.0, "warmup": 0, "patience": None, "average": None,
+        "max_grad_norm": 2.0, "warmup": 0, "patience": None, "average": None, "augment": None,
         "precision": "32-true",
             "accumulate": 1, "matmul_precision": None,
         "device": "cpu",
